@@ -1,0 +1,32 @@
+"""Layer-wise adaptive rates from back-matching propagation, for Optax and Flax.
+
+A `GradientTransformation` that multiplies each layer's gradient by one number: what the
+layers above it do to the signal, taken back. Declare the layer chain once, and add one
+line to the `optax.chain` you have.
+"""
+
+from importlib.metadata import version as _version
+
+from backmatch_optax import spec
+from backmatch_optax._alias import backmatch_sgd
+from backmatch_optax._describe import describe
+from backmatch_optax._layer_scales import layer_scales
+from backmatch_optax._locate import check_spec
+from backmatch_optax._transform import (
+    ScaleByBackmatchState,
+    scale_by_backmatch,
+    scale_by_lsalr,
+)
+
+__version__ = _version("backmatch-optax")
+
+__all__ = [
+    "ScaleByBackmatchState",
+    "backmatch_sgd",
+    "check_spec",
+    "describe",
+    "layer_scales",
+    "scale_by_backmatch",
+    "scale_by_lsalr",
+    "spec",
+]

@@ -1,0 +1,101 @@
+"""The declared chain as a table, with what the recursion makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from backmatch_optax import _recursion
+from backmatch_optax import spec as _spec
+from backmatch_optax._layer_scales import walk
+from backmatch_optax._locate import Unlisted
+from backmatch_optax._positive import Positive, evaluate
+from backmatch_optax._site import Site
+from backmatch_optax._windows import shape_text
+
+_HEADER = ("layer", "path", "kernel", "output", "positions", "q", "m", "scale")
+
+
+def describe(
+    spec: _spec.LayerChain, params: optax.Params, *, unlisted: Unlisted = "error"
+) -> str:
+    """A table of the chain: what was understood, and the scale that comes of it.
+
+    One row for each link, input to output:
+
+    * `layer`, `path`: the link's kind and the path of its parameters;
+    * `kernel`: the shape of its first parameter (the kernel; a BatchNorm's scale);
+    * `output`, `positions`: the shape of its output without the batch dimension, and
+      the product of all its axes but the last;
+    * `q`: the second moment of the signal that enters it;
+    * `m`: the backward factor at its output;
+    * `scale`: what the gradient of its first parameter is multiplied by,
+      `1 / (m * m_W)`.
+
+    Args:
+      spec: the declared chain.
+      params: the model's parameters, concrete arrays.
+      unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
+
+    Returns:
+      The table as text.
+
+    Raises:
+      ValueError: where the chain does not fit the parameters; see `check_spec`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> net = spec.LayerChain(
+      ...     [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")],
+      ...     input_shape=(4,),
+      ... )
+      >>> params = {
+      ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
+      ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
+      ... }
+      >>> print(bmo.describe(net, params))
+      layer      path  kernel  output  positions  q  m    scale
+      Dense      fc1   4*8     8       1          1  0.5  2
+      BatchNorm                8       1          1  0.5
+      Dense      fc2   8*2     2       1          1  1    1
+    """
+    sites = walk(params, spec, unlisted=unlisted)
+    rows = [_HEADER, *_rows(sites, depth=0)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
+    indent = "  " * depth
+    for site in sites:
+        link = site.link
+        scale = kernel = ""
+        if site.params:
+            role = "" if link.owns_subtree else next(iter(site.params))
+            leaves = jax.tree.leaves(dict(site.params))
+            scale = _figure(_recursion.scale(site, role))
+            first = shape_text(jnp.shape(leaves[0]))
+            kernel = first if role else f"{len(leaves)} arrays"
+        yield (
+            indent + type(link).__name__,
+            getattr(link, "path", None) or "",
+            kernel,
+            shape_text(site.output_shape),
+            str(site.positions_out),
+            _figure(site.q),
+            _figure(site.m),
+            scale,
+        )
+        for arm, chain in site.arms.items():
+            yield (f"{indent}  {arm}:", *[""] * (len(_HEADER) - 1))
+            yield from _rows(chain, depth + 2)
+
+
+def _figure(value: Positive) -> str:
+    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32))
+    return f"{float(evaluated):.4g}"

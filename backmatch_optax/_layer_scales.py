@@ -1,0 +1,120 @@
+"""From a declared chain and parameters to one scale for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from backmatch_optax import _recursion
+from backmatch_optax import spec as _spec
+from backmatch_optax._locate import Unlisted, locate
+from backmatch_optax._param_paths import join
+from backmatch_optax._positive import Positive, evaluate, number
+from backmatch_optax._site import Site
+
+
+def layer_scales(
+    params: optax.Params, spec: _spec.LayerChain, *, unlisted: Unlisted = "error"
+) -> dict[str, jax.Array]:
+    r"""The scale of every declared layer: what its gradient is to be multiplied by.
+
+    Walks the chain from the output to the input with a backward factor `m`, from
+    `m = 1`, as in Algorithm 2 of the local-Hessian paper (LH) and Algorithm 1 of the
+    back-matching paper (BM):
+
+    .. math::
+      \mathrm{scale}(W) = \frac{1}{m \, m_W}, \qquad m \leftarrow m \, m_z
+
+    where :math:`m_W` and :math:`m_z` are the mean diagonals of :math:`J^T J` of the
+    layer with respect to its weight and to its input. A pure function of shapes and of
+    one norm for each parameter, to be used under `jax.jit` or outside.
+
+    Args:
+      params: the model's parameters: nested dicts, FrozenDicts or an `nnx.State`, with
+        arrays of real floating dtype.
+      spec: the declared chain.
+      unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
+
+    Returns:
+      A positive, finite scalar for each declared layer with parameters, keyed by its
+      path and in the order of the chain. It is the scale of the layer's kernel (of
+      BatchNorm's scale and bias; of all of a `Block`); a bias may have another one,
+      since it meets a constant instead of the layer's input. The dtype is float32, or
+      float64 where a declared parameter is.
+
+      A kernel of zeros counts as one that passes the signal on as it is, and what has
+      overflowed float32 counts as its largest number. NaN in a parameter is NaN in the
+      scales it enters.
+
+    Raises:
+      ValueError: where the chain does not fit the parameters; see `check_spec`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> net = spec.LayerChain(
+      ...     [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")],
+      ...     input_shape=(4,),
+      ... )
+      >>> params = {
+      ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
+      ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
+      ... }
+      >>> {path: float(scale) for path, scale in bmo.layer_scales(params, net).items()}
+      {'fc1': 2.0, 'fc2': 1.0}
+    """
+    sites = walk(params, spec, unlisted=unlisted)
+    return dict(layer_scales_of(sites, scale_of_params(sites)))
+
+
+def walk(
+    params: optax.Params, spec: _spec.LayerChain, *, unlisted: Unlisted
+) -> list[Site]:
+    """The chain's sites with `q` and `m` filled in by the two passes."""
+    sites = locate(spec, params, unlisted=unlisted)
+    # The input counts as whitened, and the derivative of the loss with respect to the
+    # network's output as the wanted change of it (BM 3.2).
+    _recursion.forward(sites, number(1.0))
+    _recursion.backward(sites, number(1.0))
+    return sites
+
+
+def with_params(sites: Sequence[Site]) -> Iterator[Site]:
+    """The sites that own parameters, those inside others too, input to output."""
+    for site in sites:
+        if site.params:
+            yield site
+        for arm in site.arms.values():
+            yield from with_params(arm)
+
+
+def scale_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
+    """The scale of every declared parameter by its path; of a Block by the block's."""
+    numbers: dict[str, Positive] = {}
+    leaves: list[Any] = []
+    for site in with_params(sites):
+        link: Any = site.link
+        leaves += jax.tree.leaves(dict(site.params))
+        if link.owns_subtree:
+            numbers[link.path] = _recursion.scale(site, "")
+            continue
+        for role in site.params:
+            numbers[join(link.path, role)] = _recursion.scale(site, role)
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    values = evaluate(list(numbers.values()), dtype)
+    return dict(zip(numbers, values, strict=True))
+
+
+def layer_scales_of(
+    sites: Sequence[Site], scales: dict[str, jax.Array]
+) -> Iterator[tuple[str, jax.Array]]:
+    """Of the parameters' scales, the one that stands for each layer."""
+    for site in with_params(sites):
+        link: Any = site.link
+        main = "" if link.owns_subtree else next(iter(site.params))
+        yield link.path, scales[join(link.path, main) if main else link.path]

@@ -1,0 +1,106 @@
+"""Finding a declared layer's parameters in whatever tree the caller keeps them in.
+
+Parameters arrive as nested dicts (Linen), as FrozenDicts, as bare arrays below an
+`nnx.State` or as `nnx.Variable` and `nn.Partitioned` boxes, which add a last key
+`value`. One rule serves them all: the declared path and role, `"fc1"` and `"kernel"`,
+are the beginning of the leaf's key path, with exactly one array below.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import GetAttrKey, KeyPath, keystr
+
+_SHOWN = 12  # paths listed in an error message
+
+
+def text(key_path: KeyPath) -> str:
+    """A key path as `"Block_0/Conv_1/kernel"`, without the `value` of a box."""
+    if key_path and key_path[-1] == GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return keystr(key_path, simple=True, separator="/")
+
+
+def join(path: str, role: str) -> str:
+    """The path of a parameter; the layer's own path may be the top of the tree, ""."""
+    return f"{path}/{role}" if path else role
+
+
+def listed(paths: Iterable[str]) -> str:
+    """Paths for an error message, cut where there are too many."""
+    paths = list(paths)
+    shown = ", ".join(map(repr, paths[:_SHOWN])) or "none"
+    more = len(paths) - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+class ParamPaths:
+    """The parameters of a tree by path text."""
+
+    def __init__(self, params: optax.Params):
+        entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)[0]
+        self.leaves = {text(key_path): leaf for key_path, leaf in entries}
+        self._below: dict[str, list[str]] = {"": list(self.leaves)}
+        for path in self.leaves:
+            for end in (i for i, char in enumerate(path + "/") if char == "/"):
+                self._below.setdefault(path[:end], []).append(path)
+        self.claimed: set[str] = set()
+
+    def below(self, path: str) -> Sequence[str]:
+        """The paths of all leaves that a path is the beginning of."""
+        return self._below.get(path, [])
+
+    def claim(self, path: str) -> Any | None:
+        """The one array at or below a path, or None where there is nothing.
+
+        Raises:
+          ValueError: where it is masked, or there are several arrays below.
+        """
+        found = self.below(path)
+        if not found:
+            return None
+        if len(found) > 1:
+            raise ValueError(
+                f"expected one array at {path!r}, but found {listed(found)}"
+            )
+        leaf = self.leaves[found[0]]
+        if _is_masked(leaf):
+            raise ValueError(
+                f"{path!r} is masked. Its norm enters the scales of the layers below, "
+                "so the transformation has to see it: scale outside and mask or freeze "
+                "inside, optax.chain(scale_by_backmatch(spec), optax.masked(...))"
+            )
+        self.claimed.update(found)
+        return leaf
+
+    def subtree(self, path: str) -> dict[str, Any]:
+        """Everything below a path, as nested dicts of arrays."""
+        tree: dict[str, Any] = {}
+        for found in self.below(path):
+            node = tree
+            *modules, role = found[len(path) :].strip("/").split("/")
+            for module in modules:
+                node = node.setdefault(module, {})
+            node[role] = self.leaves[found]
+        return tree
+
+    def missing(self, path: str) -> str:
+        """Why there is nothing at a path, with the nearest that there is."""
+        near = difflib.get_close_matches(path, self.leaves, n=3)
+        hint = f" Did you mean {listed(near)}?" if near else ""
+        if self.below(f"params/{path}"):
+            hint = " Pass variables['params'], not all variables."
+        return f"no parameter at {path!r}.{hint} Available: {listed(self.leaves)}"
+
+    def unclaimed(self) -> list[str]:
+        """The paths no layer has claimed."""
+        return [path for path in self.leaves if path not in self.claimed]

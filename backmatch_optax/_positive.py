@@ -1,0 +1,168 @@
+"""Positive numbers held as symbolic powers, so that what cancels cancels exactly.
+
+Every rule of back-matching propagation multiplies, divides or adds positive numbers:
+static counts (fan-in, positions) and measured norms. A product over a thousand layers
+would overflow, and `x * y / y` would not give back `x` in floating point. So a number
+is kept as
+
+    exp(log_constant) * atom_1**p_1 * atom_2**p_2 * ...
+
+with a Python float for everything static and integer powers of the measured norms.
+Multiplying adds powers, dividing subtracts them, and a norm that cancels is gone before
+any floating-point operation is traced. Between two normalised layers that is every norm
+but two, whatever the depth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Beyond this many terms a number, sums are traced as one matrix-vector product: a plain
+# chain (no normalisation) has one term for each layer above, which is quadratic.
+_MAX_TERMS_EACH = 8
+
+
+class Atom:
+    """A measured number: the log of its size, and its order of smallness.
+
+    An exact zero (a zero-initialised kernel) is an infinitesimal of order 1 with
+    coefficient 1. Products and quotients of zeros then stay finite, and a sum ignores
+    the terms of higher order, as it should.
+    """
+
+    __slots__ = ("log", "order")
+
+    def __init__(self, log: jax.Array, order: jax.Array):
+        self.log = log
+        self.order = order
+
+
+class Positive:
+    """A positive number: a static constant times integer powers of atoms."""
+
+    __slots__ = ("log_constant", "powers")
+
+    def __init__(
+        self,
+        log_constant: float = 0.0,
+        powers: Mapping[Atom, int] = MappingProxyType({}),
+    ):
+        self.log_constant = log_constant
+        self.powers = powers
+
+    def __mul__(self, other: Positive | float) -> Positive:
+        return self._times_power(other, 1)
+
+    def __rmul__(self, other: float) -> Positive:
+        return self * other
+
+    def __truediv__(self, other: Positive | float) -> Positive:
+        return self._times_power(other, -1)
+
+    def __rtruediv__(self, other: float) -> Positive:
+        return number(other) / self
+
+    def _times_power(self, other: Positive | float, sign: int) -> Positive:
+        if not isinstance(other, Positive):
+            other = number(other)
+        powers = dict(self.powers)
+        for atom, power in other.powers.items():
+            powers[atom] = powers.get(atom, 0) + sign * power
+            if powers[atom] == 0:
+                del powers[atom]
+        return Positive(self.log_constant + sign * other.log_constant, powers)
+
+    def __add__(self, other: Positive) -> Positive:
+        # What both terms share is taken out first, so that it can still cancel later.
+        shared = Positive(
+            self.log_constant,
+            {
+                atom: power
+                for atom in self.powers.keys() & other.powers.keys()
+                if (power := sorted((0, self.powers[atom], other.powers[atom]))[1])
+            },
+        )
+        left, right = self / shared, other / shared
+        if not left.powers and not right.powers:
+            return shared * (1.0 + math.exp(right.log_constant))
+        left_log, left_order = _log_order(left)
+        right_log, right_order = _log_order(right)
+        log = jnp.where(
+            left_order < right_order,
+            left_log,
+            jnp.where(
+                right_order < left_order, right_log, jnp.logaddexp(left_log, right_log)
+            ),
+        )
+        total = Atom(log, jnp.minimum(left_order, right_order))
+        return shared * Positive(0.0, {total: 1})
+
+
+def number(value: float) -> Positive:
+    """A static positive number."""
+    return Positive(math.log(value))
+
+
+def measured(value: jax.Array) -> Positive:
+    """A non-negative scalar array of float32 or wider.
+
+    Zero counts as an infinitesimal whose coefficient is one; what has overflowed counts
+    as the largest finite number; NaN stays NaN.
+    """
+    limits = jnp.finfo(value.dtype)
+    is_zero = value < limits.tiny  # subnormals too: XLA may flush them to zero in `log`
+    finite = jnp.minimum(jnp.where(is_zero, 1, value), limits.max)
+    return Positive(0.0, {Atom(jnp.log(finite), is_zero.astype(value.dtype)): 1})
+
+
+def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:
+    log = sum((p * atom.log for atom, p in value.powers.items()), value.log_constant)
+    order = sum((p * atom.order for atom, p in value.powers.items()), 0.0)
+    return jnp.asarray(log), jnp.asarray(order)
+
+
+def evaluate(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
+    """The numbers as finite scalars of `dtype`, within its normal range.
+
+    Of an infinitesimal or its reciprocal the coefficient is returned (see `Atom`).
+    """
+    if sum(len(value.powers) for value in values) <= _MAX_TERMS_EACH * len(values):
+        logs = [_log_order(value)[0] for value in values]
+    else:
+        logs = _logs_as_matrix_product(values, dtype)
+    limits = jnp.finfo(dtype)
+    lowest, highest = math.log(limits.tiny), math.log(limits.max)
+    # Half a unit inside, so that rounding in `exp` cannot leave the range.
+    return [
+        jnp.exp(jnp.clip(jnp.asarray(log, dtype), lowest + 0.5, highest - 0.5))
+        for log in logs
+    ]
+
+
+def _logs_as_matrix_product(
+    values: Sequence[Positive], dtype: jnp.dtype
+) -> list[jax.Array]:
+    """All logs as `powers @ atom_logs + constants`, for numbers of many terms."""
+    column: dict[Atom, int] = {}
+    for value in values:
+        for atom in value.powers:
+            column.setdefault(atom, len(column))
+    powers = np.zeros((len(values), len(column)), dtype)
+    for row, value in enumerate(values):
+        for atom, power in value.powers.items():
+            powers[row, column[atom]] = power
+    constants = np.asarray([value.log_constant for value in values], dtype)
+    # The barriers keep XLA from fusing each norm into every consumer of the vector,
+    # which makes compilation quadratic in depth.
+    atoms = jnp.stack(
+        [jax.lax.optimization_barrier(atom.log).astype(dtype) for atom in column]
+    )
+    atoms = jax.lax.optimization_barrier(atoms)
+    logs = jnp.dot(powers, atoms, precision=jax.lax.Precision.HIGHEST) + constants
+    return [jnp.squeeze(log, 0) for log in jnp.split(logs, len(values))]

@@ -1,0 +1,33 @@
+"""The whole theory: one walk up, one walk down (LH Algorithm 2, BM Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from backmatch_optax._positive import Positive
+from backmatch_optax._site import Site
+
+
+def forward(sites: Sequence[Site], q: Positive) -> Positive:
+    """Carries the second moment `q` of the signal from the input to the output."""
+    for site in sites:
+        site.q = q
+        q = site.link.moment_after(site)
+    return q
+
+
+def backward(sites: Sequence[Site], m: Positive) -> Positive:
+    """Carries the backward factor `m` from the output to the input: `m <- m * m_z`.
+
+    BM (37), LH (23). At each site `m` is then the mean diagonal of `J^T J` of all links
+    above it with respect to the site's output.
+    """
+    for site in reversed(sites):
+        site.m = m
+        m = site.link.backward_factor(site)
+    return m
+
+
+def scale(site: Site, role: str) -> Positive:
+    """What multiplies the gradient of a parameter: `1 / (m * m_W)`, LH (22)."""
+    return 1.0 / (site.m * site.link.m_W(site, role))

@@ -1,0 +1,219 @@
+"""The transformations: back-matched scales, and the LSALR baseline."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from backmatch_optax import spec as _spec
+from backmatch_optax._layer_scales import layer_scales_of, scale_of_params, walk
+from backmatch_optax._locate import Unlisted, check_spec
+from backmatch_optax._param_paths import text
+
+
+class ScaleByBackmatchState(NamedTuple):
+    """State of `scale_by_backmatch`: the scales of the latest step, for reading only.
+
+    All ones before the first step.
+
+    `optax.tree.get(opt_state, "layer_scales")` finds them anywhere in a chain.
+    """
+
+    layer_scales: dict[str, jax.Array]  # by path; shape=(), dtype=jnp.float32
+
+
+def scale_by_backmatch(
+    spec: _spec.LayerChain, *, unlisted: Unlisted = "error"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies each layer's gradient by its back-matched scale.
+
+    Back-propagation hands every layer a gradient whose size depends on everything above
+    it. Back-matching asks how much a layer's weight must change to produce the wanted
+    change of its output; approximated by one scalar for each layer, that divides the
+    gradient by the product of the backward gains of the links above and the curvature
+    of the layer itself:
+
+    .. math::
+      u_W \leftarrow \frac{u_W}{m \, m_W}
+
+    (LH (22), Algorithm 2; BM Algorithm 1; see `layer_scales`). The scales are a
+    function of the parameters alone, computed afresh at every step for the price of one
+    norm for each kernel. For example, change this::
+
+      tx = optax.chain(
+          optax.add_decayed_weights(5e-4),
+          optax.sgd(0.1, momentum=0.9, nesterov=True),
+      )
+
+    To::
+
+      tx = optax.chain(
+          optax.add_decayed_weights(5e-4),
+          backmatch_optax.scale_by_backmatch(spec),
+          optax.sgd(0.02, momentum=0.9, nesterov=True),
+      )
+
+    Args:
+      spec: the declared layer chain of the model.
+      unlisted: what to do about parameters that no declared layer covers: `"error"`
+        (at `init`), or `"identity"` to leave their gradients as they are.
+
+    Returns:
+      A gradient transformation with state `ScaleByBackmatchState`. Its `update` needs
+      `params`, keeps the structure and dtypes of the updates, and multiplies in float32
+      or wider.
+
+    Raises:
+      ValueError: in `init`, where the chain does not fit the parameters (see
+        `check_spec`); in `update`, where `params` is None.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> net = spec.LayerChain(
+      ...     [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")],
+      ...     input_shape=(4,),
+      ... )
+      >>> params = {
+      ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
+      ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
+      ... }
+      >>> tx = optax.chain(
+      ...     optax.add_decayed_weights(5e-4),
+      ...     bmo.scale_by_backmatch(net),
+      ...     optax.sgd(0.02),
+      ... )
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> scales = optax.tree.get(state, "layer_scales")
+      >>> {path: float(scale) for path, scale in scales.items()}
+      {'fc1': 2.0, 'fc2': 1.0}
+
+    References:
+      Zhang, Chen, Liu, `Train Feedforward Neural Network with Layer-wise Adaptive Rate
+      via Approximating Back-matching Propagation
+      <https://arxiv.org/abs/1802.09750>`_, 2018
+
+      Zhang, Chen, Liu, On the Local Hessian in Back-propagation, NeurIPS 2018
+
+    .. note::
+      The rule looks across layers, so it must see all of them: inside `optax.masked` or
+      `optax.partition` it raises. Scale outside, freeze inside. The scale also
+      multiplies a weight decay that comes before it in the chain.
+    """
+
+    def init_fn(params: optax.Params) -> ScaleByBackmatchState:
+        # A tree without leaves has nothing to check: optax.tree.map_params passes one.
+        if not _is_leafless(params):
+            check_spec(spec, params, unlisted=unlisted)
+        return ScaleByBackmatchState(
+            {path: jnp.ones((), jnp.float32) for path in spec.paths}
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "scale_by_backmatch computes its scales from the parameters: call "
+                "update(updates, state, params), but params is None"
+            )
+        if _is_leafless(params):
+            return updates, state
+        sites = walk(params, spec, unlisted=unlisted)
+        scales = scale_of_params(sites)
+        scaled = jax.tree_util.tree_map_with_path(
+            lambda key_path, update: _scaled(update, _find(scales, text(key_path))),
+            updates,
+        )
+        latest = {
+            path: scale.astype(jnp.float32)
+            for path, scale in layer_scales_of(sites, scales)
+        }
+        return scaled, ScaleByBackmatchState(latest)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_leafless(tree: Any) -> bool:
+    # A masked layer is no leaf either, but has to be refused.
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    return not jax.tree.leaves(tree, is_leaf=is_masked)
+
+
+def _find(scales: dict[str, jax.Array], path: str) -> jax.Array | None:
+    """The scale declared for a leaf, or for a path that is the beginning of its own."""
+    while path not in scales:
+        if not path:
+            return None
+        path = path.rpartition("/")[0]
+    return scales[path]
+
+
+def _scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
+    if scale is None:
+        return update
+    # In the wider of the two dtypes: a scale above 65504 is no float16.
+    wide = jnp.promote_types(update.dtype, scale.dtype)
+    return (update.astype(wide) * scale.astype(wide)).astype(update.dtype)
+
+
+def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies each array's gradient by `1 + log(1 + 1 / norm)`, its own norm.
+
+    The layer-specific adaptive learning rate of Singh et al., a baseline of the
+    back-matching paper (BM 1.1):
+
+    .. math::
+      g \leftarrow g \left(1 + \log\left(1 + \frac{1}{\|g\|_2}\right)\right)
+
+    Returns:
+      A gradient transformation without state. It keeps the structure and dtypes of the
+      updates and computes norms in float32 or wider; a gradient of zeros stays zero.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import backmatch_optax as bmo
+      >>> tx = optax.chain(bmo.scale_by_lsalr(), optax.sgd(0.1, momentum=0.9))
+      >>> gradient = {"kernel": jnp.array([0.6, 0.8])}
+      >>> updates, _ = tx.update(gradient, tx.init(gradient))
+      >>> print((updates["kernel"] / -0.1 / gradient["kernel"]).round(4))
+      [1.6931 1.6931]
+
+    References:
+      Singh et al., `Layer-Specific Adaptive Learning Rates for Deep Networks
+      <https://arxiv.org/abs/1510.04609>`_, 2015
+    """
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params, extra_args
+        return jax.tree.map(_scaled_by_own_norm, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _scaled_by_own_norm(update: jax.Array) -> jax.Array:
+    wide = update.astype(jnp.promote_types(update.dtype, jnp.float32))
+    norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
+    safe = jnp.where(norm > 0, norm, 1)
+    # log(1 + 1 / norm), written so that a tiny norm does not overflow.
+    return _scaled(update, 1 + jnp.log1p(safe) - jnp.log(safe))

@@ -1,0 +1,129 @@
+"""How many positions a sliding window has: the static geometry of Conv and pooling."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+# Paddings whose output size is ceil(input / stride), as Flax implements them.
+SIZE_KEEPING = ("SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
+
+# An int stands for the same in every dimension, as it does in Flax.
+PerDimension = int | tuple[int, ...]
+Padding = str | int | tuple[tuple[int, int], ...]
+
+
+def canonical_counts(name: str, value: Any) -> PerDimension:
+    """Strides, dilation or window: positive ints; all equal is written as one int."""
+    entries = value if isinstance(value, Sequence) else (value,)
+    try:
+        counts = tuple(operator.index(entry) for entry in entries)
+    except TypeError:
+        counts = ()
+    if not counts or isinstance(value, str) or min(counts) < 1:
+        raise ValueError(
+            f"{name} (={value!r}) must be a positive int or a sequence of positive ints"
+        )
+    return counts[0] if len(set(counts)) == 1 else counts
+
+
+def canonical_window(name: str, value: Any) -> tuple[int, ...]:
+    """A window shape: one positive int for each spatial dimension."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(
+            f"{name} (={value!r}) must be a sequence of positive ints, one for each "
+            "spatial dimension, such as (2, 2)"
+        )
+    counts = canonical_counts(name, value)
+    return (counts,) * len(value) if isinstance(counts, int) else counts
+
+
+def canonical_padding(value: Any, allowed: Sequence[str]) -> Padding:
+    """A padding name, an int, or (low, high) pairs; equal pairs become one int."""
+    wanted = (
+        f"padding (={value!r}) must be one of {', '.join(map(repr, allowed))}, an int, "
+        "or a (low, high) pair of ints for each spatial dimension, none negative"
+    )
+    if isinstance(value, str):
+        if value.upper() not in allowed:
+            raise ValueError(wanted)
+        return value.upper()
+    try:
+        entries = tuple(value) if isinstance(value, Sequence) else (value,)
+        pairs = tuple(
+            (operator.index(low), operator.index(high))
+            for low, high in (
+                entry if isinstance(entry, Sequence) else (entry, entry)
+                for entry in entries
+            )
+        )
+    except (TypeError, ValueError):
+        raise ValueError(wanted) from None
+    if not pairs or min(min(pair) for pair in pairs) < 0:
+        raise ValueError(wanted)
+    low, high = pairs[0]
+    return low if low == high and len(set(pairs)) == 1 else pairs
+
+
+def per_dimension(name: str, value: Any, rank: int) -> tuple[Any, ...]:
+    """One entry for each of `rank` spatial dimensions; an int stands for all alike."""
+    if isinstance(value, int):
+        return (value,) * rank
+    if len(value) != rank:
+        raise ValueError(
+            f"{name} (={value!r}) has {len(value)} entries, "
+            f"but there are {rank} spatial dimensions"
+        )
+    return tuple(value)
+
+
+def output_sizes(
+    input_sizes: Sequence[int],
+    window: Sequence[int],
+    *,
+    strides: PerDimension = 1,
+    padding: Padding = "VALID",
+    dilation: PerDimension = 1,
+) -> tuple[int, ...]:
+    """Output size of a sliding window in each spatial dimension.
+
+    Raises:
+      ValueError: where an argument has the wrong number of entries, or the window is
+        larger than the padded input.
+    """
+    rank = len(input_sizes)
+    strides = per_dimension("strides", strides, rank)
+    dilation = per_dimension("kernel_dilation", dilation, rank)
+    if isinstance(padding, str) and padding in SIZE_KEEPING:
+        return tuple(
+            -(-size // stride)
+            for size, stride in zip(input_sizes, strides, strict=True)
+        )
+    if padding == "VALID":
+        pairs = ((0, 0),) * rank
+    else:
+        pairs = tuple(
+            (entry, entry) if isinstance(entry, int) else entry
+            for entry in per_dimension("padding", padding, rank)
+        )
+    extents = tuple(
+        (size - 1) * step + 1 for size, step in zip(window, dilation, strict=True)
+    )
+    padded = tuple(
+        size + low + high for size, (low, high) in zip(input_sizes, pairs, strict=True)
+    )
+    if any(extent > size for extent, size in zip(extents, padded, strict=True)):
+        raise ValueError(
+            f"the window {shape_text(extents)} is larger than its input "
+            f"{shape_text(padded)} (dilation and padding counted)"
+        )
+    return tuple(
+        (size - extent) // stride + 1
+        for size, extent, stride in zip(padded, extents, strides, strict=True)
+    )
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """`(8, 8, 64)` as `8*8*64`."""
+    return "*".join(map(str, shape)) or "1"

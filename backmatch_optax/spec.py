@@ -1,0 +1,778 @@
+"""The declared layer chain: which layers a network has, from its input to its output.
+
+Every kind of layer is one class that states, for a link between its input and output,
+
+* `shape_after`: the shape of its output, without the batch dimension;
+* `moment_after`: the second moment of its output, given that of its input (`q`);
+* `m_W` and `m_z`: its two local Hessians, each reduced to a scalar, the mean diagonal
+  of `J^T J`, where `J` is the Jacobian of the output with respect to one of its
+  parameters, or to its input.
+
+That is all the recursion needs, so a new kind of layer is one new class. Spellings and
+defaults are Flax's own, kernels are in Flax layout: Dense `(in, out)`, Conv
+`(*window, in / groups, out)`. Links are frozen, hashable and comparable, and their
+`repr` is the code that rebuilds them.
+
+Equation numbers: BM is Zhang, Chen and Liu, arXiv 1802.09750; LH is Zhang, Chen and
+Liu, "On the Local Hessian in Back-propagation", NeurIPS 2018.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from backmatch_optax import _recursion
+from backmatch_optax._positive import Positive, measured, number
+from backmatch_optax._site import Shape, Site
+from backmatch_optax._windows import (
+    SIZE_KEEPING,
+    Padding,
+    PerDimension,
+    canonical_counts,
+    canonical_padding,
+    canonical_window,
+    output_sizes,
+)
+
+__all__ = [
+    "Activation",
+    "AvgPool",
+    "BatchNorm",
+    "Block",
+    "Conv",
+    "Dense",
+    "Dropout",
+    "Flatten",
+    "GlobalAvgPool",
+    "LayerChain",
+    "Link",
+    "MaxPool",
+    "Residual",
+]
+
+ACTIVATIONS = (
+    "celu",
+    "elu",
+    "gelu",
+    "hard_tanh",
+    "identity",
+    "leaky_relu",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softplus",
+    "swish",
+    "tanh",
+)
+
+# A Block's curvature: a number, or a function of the block's parameters.
+Curvature = float | Callable[[Mapping[str, Any]], jax.typing.ArrayLike]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Link:
+    """Base of all links; as it stands, a link without parameters that changes nothing.
+
+    Subclass it, as a frozen dataclass with `repr=False`, to add a kind of layer. Each
+    rule gets a `Site` with `input_shape`, `output_shape`, `params`, `q`, and counts and
+    norms in the papers' terms.
+    """
+
+    # The parameters it owns, by the names Flax gives them: the first decides the
+    # layer's own scale. Those in `required_roles` must be there.
+    roles: ClassVar[tuple[str, ...]] = ()
+    required_roles: ClassVar[tuple[str, ...]] = ()
+    owns_subtree: ClassVar[bool] = False  # every parameter below its path instead
+
+    def __post_init__(self):
+        try:
+            self.validate()
+        except ValueError as error:
+            raise ValueError(f"{self!r}: {error}") from None
+
+    def validate(self) -> None:
+        """Checks, and may normalise, the arguments; raises `ValueError`."""
+
+    @property
+    def arms(self) -> Mapping[str, tuple[Link, ...]]:
+        """The chains that the link itself consists of, side by side, by name."""
+        return {}
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """Shape of the output; raises `ValueError` where something does not fit."""
+        del param_shapes
+        return input_shape
+
+    def moment_after(self, here: Site) -> Positive:
+        """Second moment of the output, the mean over all its coordinates."""
+        return here.q
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        """Weight curvature: the mean diagonal of `J^T J` for one of its parameters."""
+        raise NotImplementedError(f"{type(self).__name__} has no parameter {role!r}")
+
+    def m_z(self, here: Site) -> Positive:
+        """Input curvature: the mean diagonal of `J^T J` for its input."""
+        del here
+        return number(1.0)
+
+    def backward_factor(self, here: Site) -> Positive:
+        """The factor handed on to the link below: `m * m_z`."""
+        return here.m * self.m_z(here)
+
+    def __repr__(self) -> str:
+        arguments = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is field.default or value == field.default:
+                continue
+            text = value.__qualname__ if callable(value) else repr(value)
+            arguments.append(f"{field.name}={text}" if field.kw_only else text)
+        return f"spec.{type(self).__name__}({', '.join(arguments)})"
+
+    def _canonical(self, **fields: Any) -> None:
+        """Writes normalised arguments into the frozen dataclass."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+
+class _Linear(Link):
+    """What Dense and Conv share: kernel and bias, applied at every position."""
+
+    roles = ("kernel", "bias")
+    required_roles = ("kernel",)
+
+    def moment_after(self, here: Site) -> Positive:
+        # A sum of `fan_in * taps` independent terms of moment q. The bias, which a
+        # following normalisation removes, does not enter.
+        return here.q * here.squared_row_norm("kernel")
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        # BM (32) and (33): a weight is used once at every position, and meets an input
+        # of moment q; a bias meets a constant one. BM's sharing factor `s` is
+        # positions_out times what the pooling above has left in `m`.
+        return here.positions_out * (here.q if role == "kernel" else number(1.0))
+
+    def m_z(self, here: Site) -> Positive:
+        # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by
+        # input features, over c = positions_in / positions_out.
+        column = here.squared_row_norm("kernel") * here.fan_out / here.fan_in
+        return column * here.positions_out / here.positions_in
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Dense(_Linear):
+    """A fully connected layer, `flax.linen.Dense` or `flax.nnx.Linear`.
+
+    Acts on the last axis; all axes before it are positions that share the kernel.
+
+    Args:
+      path: where the layer's `kernel` and optional `bias` lie in the parameters, such
+        as `"Dense_0"` or `"Head_0/Dense_1"`; `""` for the top of the tree.
+
+    Raises:
+      ValueError: where `path` is not a string of names joined by single slashes.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Dense("fc1")
+      spec.Dense('fc1')
+    """
+
+    path: str
+
+    def validate(self) -> None:
+        _check_path(self.path)
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """The input's, with the kernel's output features."""
+        kernel = param_shapes["kernel"]
+        if len(kernel) != 2:
+            raise ValueError(
+                f"expects a kernel of shape (in, out), but it has shape {kernel}"
+            )
+        _check_features("kernel", kernel, kernel[0], input_shape)
+        _check_vector("bias", param_shapes, kernel[-1])
+        return (*input_shape[:-1], kernel[-1])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Conv(_Linear):
+    """A convolution over 1, 2 or 3 dimensions, `flax.linen.Conv` or `flax.nnx.Conv`.
+
+    Its kernel's shape is read from the parameters. Padded positions count like others,
+    as in the papers; without padding (or with circular padding) every rule is exact for
+    kernels of independent entries.
+
+    Args:
+      path: where the layer's `kernel` and optional `bias` lie in the parameters.
+      strides: an int for all dimensions, or one for each.
+      padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"`, an int, or an
+        int or a (low, high) pair for each dimension.
+      kernel_dilation: an int for all dimensions, or one for each.
+      feature_group_count: the number of groups the input features are split into.
+
+    Raises:
+      ValueError: where an argument is none of these.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Conv("Conv_0", strides=(2, 2), padding=[(1, 1), (1, 1)])
+      spec.Conv('Conv_0', strides=2, padding=1)
+    """
+
+    path: str
+    strides: PerDimension = dataclasses.field(default=1, kw_only=True)
+    padding: Padding = dataclasses.field(default="SAME", kw_only=True)
+    kernel_dilation: PerDimension = dataclasses.field(default=1, kw_only=True)
+    feature_group_count: int = dataclasses.field(default=1, kw_only=True)
+
+    def validate(self) -> None:
+        _check_path(self.path)
+        groups = canonical_counts("feature_group_count", self.feature_group_count)
+        self._canonical(
+            strides=canonical_counts("strides", self.strides),
+            padding=canonical_padding(self.padding, ("VALID", *SIZE_KEEPING)),
+            kernel_dilation=canonical_counts("kernel_dilation", self.kernel_dilation),
+            feature_group_count=groups,
+        )
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """Positions by Flax's padding rules, the kernel's output features."""
+        kernel = param_shapes["kernel"]
+        if len(kernel) < 3:
+            raise ValueError(
+                "expects a kernel of shape (*window, in / groups, out), but it has "
+                f"shape {kernel}"
+            )
+        if len(kernel) != len(input_shape) + 1:
+            raise ValueError(
+                f"has a kernel of shape {kernel}, with {len(kernel) - 2} spatial "
+                f"dimensions, but its input has {len(input_shape) - 1}"
+            )
+        groups = self.feature_group_count
+        _check_features("kernel", kernel, kernel[-2] * groups, input_shape)
+        if kernel[-1] % groups:
+            raise ValueError(
+                f"feature_group_count (={groups}) must divide the {kernel[-1]} output "
+                f"features of its kernel of shape {kernel}"
+            )
+        _check_vector("bias", param_shapes, kernel[-1])
+        sizes = output_sizes(
+            input_shape[:-1],
+            kernel[:-2],
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+        )
+        return (*sizes, kernel[-1])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class BatchNorm(Link):
+    """Batch normalisation over the last axis, `flax.linen.BatchNorm` or nnx's.
+
+    Args:
+      path: where its `scale` and `bias` lie in the parameters, either or both; None
+        for a BatchNorm without either (`use_scale=False, use_bias=False`), as in the
+        papers.
+
+    Raises:
+      ValueError: where `path` is neither None nor names joined by single slashes.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.BatchNorm(), spec.BatchNorm("BatchNorm_0")
+      (spec.BatchNorm(), spec.BatchNorm('BatchNorm_0'))
+    """
+
+    path: str | None = None
+
+    roles = ("scale", "bias")
+
+    def validate(self) -> None:
+        if self.path is not None:
+            _check_path(self.path)
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """The input's."""
+        for role in self.roles:
+            _check_vector(role, param_shapes, input_shape[-1])
+        return input_shape
+
+    def moment_after(self, here: Site) -> Positive:
+        # Normalised to moment 1, then scale * x + bias.
+        moment = self._squared_scale(here)
+        if "bias" in here.params:
+            moment += here.squared_row_norm("bias")
+        return moment
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        # Each entry acts at every position: the scale on a signal of moment 1, the bias
+        # on the constant one.
+        del role
+        return number(here.positions_out)
+
+    def m_z(self, here: Site) -> Positive:
+        # BM (36), LH (24): the variance that is divided away is the incoming q.
+        return self._squared_scale(here) / here.q
+
+    def _squared_scale(self, here: Site) -> Positive:
+        return here.squared_row_norm("scale") if "scale" in here.params else number(1.0)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Activation(Link):
+    """An elementwise nonlinearity; its gain counts as 1 both ways, as in BM (31).
+
+    Args:
+      name: the name of the function in `flax.linen`, such as `"relu"` or `"tanh"`.
+
+    Raises:
+      ValueError: where the name is not known, with the nearest that are.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Activation("relu")
+      spec.Activation('relu')
+    """
+
+    name: str
+
+    def validate(self) -> None:
+        if self.name not in ACTIVATIONS:
+            near = difflib.get_close_matches(str(self.name), ACTIVATIONS, n=3)
+            hint = f"Nearest: {', '.join(map(repr, near))}. " if near else ""
+            raise ValueError(
+                f"name (={self.name!r}) is not known. {hint}"
+                f"Known: {', '.join(map(repr, ACTIVATIONS))}."
+            )
+
+
+class _Pool(Link):
+    """What MaxPool and AvgPool share: a window that slides over the positions."""
+
+    window_shape: tuple[int, ...]
+    strides: PerDimension | None
+    padding: Padding
+
+    def validate(self) -> None:
+        strides = self.strides
+        self._canonical(
+            window_shape=canonical_window("window_shape", self.window_shape),
+            strides=None if strides is None else canonical_counts("strides", strides),
+            padding=canonical_padding(self.padding, ("VALID", "SAME", "SAME_LOWER")),
+        )
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """Positions of the window, the input's features."""
+        del param_shapes
+        if len(self.window_shape) != len(input_shape) - 1:
+            raise ValueError(
+                f"window_shape (={self.window_shape}) has {len(self.window_shape)} "
+                f"dimensions, but its input has {len(input_shape) - 1} spatial ones"
+            )
+        sizes = output_sizes(
+            input_shape[:-1],
+            self.window_shape,
+            strides=1 if self.strides is None else self.strides,
+            padding=self.padding,
+        )
+        return (*sizes, input_shape[-1])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class MaxPool(_Pool):
+    """Max pooling, `flax.linen.max_pool`.
+
+    Args:
+      window_shape: the window, one int for each spatial dimension.
+      strides: an int for all dimensions, or one for each; None is a stride of 1, as in
+        Flax (so the usual pooling is `MaxPool((2, 2), strides=(2, 2))`).
+      padding: `"VALID"`, `"SAME"`, or (low, high) pairs.
+
+    Raises:
+      ValueError: where an argument is none of these.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.MaxPool((2, 2), strides=(2, 2))
+      spec.MaxPool((2, 2), strides=2)
+    """
+
+    window_shape: tuple[int, ...]
+    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
+    padding: Padding = dataclasses.field(default="VALID", kw_only=True)
+
+    def m_z(self, here: Site) -> Positive:
+        # Each output hands its value to one input: BM's pooled `s` and `c` (BM 3.3).
+        return number(here.size_out / here.size_in)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AvgPool(_Pool):
+    """Average pooling, `flax.linen.avg_pool`.
+
+    Args:
+      window_shape: the window, one int for each spatial dimension.
+      strides: an int for all dimensions, or one for each; None is a stride of 1, as in
+        Flax.
+      padding: `"VALID"`, `"SAME"`, or (low, high) pairs.
+
+    Raises:
+      ValueError: where an argument is none of these.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.AvgPool((2, 2), strides=(2, 2), padding="SAME")
+      spec.AvgPool((2, 2), strides=2, padding='SAME')
+    """
+
+    window_shape: tuple[int, ...]
+    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
+    padding: Padding = dataclasses.field(default="VALID", kw_only=True)
+
+    def m_z(self, here: Site) -> Positive:
+        # Each output hands 1 / k of its value to k inputs: least squares, BM (11).
+        return number(here.size_out / here.size_in / math.prod(self.window_shape))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GlobalAvgPool(Link):
+    """The mean over all positions, `x.mean(axis=(1, 2))` for images.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.GlobalAvgPool()
+      spec.GlobalAvgPool()
+    """
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """The features alone."""
+        del param_shapes
+        return input_shape[-1:]
+
+    def m_z(self, here: Site) -> Positive:
+        # One window of all positions: 1 / k of a value to k inputs.
+        return number(1.0 / here.positions_in**2)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Flatten(Link):
+    """All axes but the batch made one, `x.reshape((x.shape[0], -1))`.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Flatten()
+      spec.Flatten()
+    """
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """One axis."""
+        del param_shapes
+        return (math.prod(input_shape),)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Dropout(Link):
+    """Dropout, which keeps the mean of signal and gradient: the identity here.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Dropout()
+      spec.Dropout()
+    """
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Block(Link):
+    """A block of any kind, with the two scalars of LH Algorithm 2 given by the user.
+
+    Every parameter below `path` is scaled by `1 / (m * weight_curvature)`, and the
+    backward factor `m` is multiplied by `input_curvature`, LH (22) and (23).
+
+    Args:
+      path: where the block's parameters lie.
+      weight_curvature: `m_W`, the mean diagonal of `J^T J` with respect to the block's
+        parameters: a positive number, or a function of the block's parameters (nested
+        dicts of arrays) that returns a positive scalar.
+      input_curvature: `m_z`, the same with respect to the block's input.
+      forward_gain: by how much the block multiplies the second moment of its signal;
+        a number or a function. 1 is right for a block that ends in a normalisation.
+      output_shape: shape of the block's output without the batch dimension; None if it
+        is the input's.
+
+    Raises:
+      ValueError: where a curvature is neither a positive number nor a function, or (at
+        `init`) a function returns something that is not a real scalar.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from backmatch_optax import spec
+      >>> def squared_norm(params):
+      ...     return jnp.sum(params["kernel"] ** 2)
+      >>> spec.Block("mixer", weight_curvature=2.0, input_curvature=squared_norm)
+      spec.Block('mixer', weight_curvature=2.0, input_curvature=squared_norm)
+    """
+
+    path: str
+    weight_curvature: Curvature = dataclasses.field(kw_only=True)
+    input_curvature: Curvature = dataclasses.field(kw_only=True)
+    forward_gain: Curvature = dataclasses.field(default=1.0, kw_only=True)
+    output_shape: Shape | None = dataclasses.field(default=None, kw_only=True)
+
+    owns_subtree = True
+
+    def validate(self) -> None:
+        _check_path(self.path)
+        for name in ("weight_curvature", "input_curvature", "forward_gain"):
+            value = getattr(self, name)
+            if callable(value):
+                continue
+            try:
+                self._canonical(**{name: float(value)})
+            except TypeError:
+                raise ValueError(
+                    f"{name} (={value!r}) must be a positive number or a function of "
+                    "the block's parameters"
+                ) from None
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} (={value!r}) must be positive and finite")
+        if self.output_shape is not None:
+            self._canonical(
+                output_shape=_checked_shape("output_shape", self.output_shape)
+            )
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """As declared."""
+        del param_shapes
+        return input_shape if self.output_shape is None else self.output_shape
+
+    def moment_after(self, here: Site) -> Positive:
+        return here.q * self._value(here, "forward_gain")
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        del role  # one number for all the block's parameters
+        return self._value(here, "weight_curvature")
+
+    def m_z(self, here: Site) -> Positive:
+        return self._value(here, "input_curvature")
+
+    def _value(self, here: Site, name: str) -> Positive:
+        declared = getattr(self, name)
+        if not callable(declared):
+            return number(declared)
+        value = jnp.asarray(declared(here.params))
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(
+                f"spec layer {here.label}: {name} must return a real scalar, but it "
+                f"returned shape {value.shape} of {value.dtype}"
+            )
+        return measured(value.astype(jnp.promote_types(value.dtype, jnp.float32)))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Residual(Link):
+    """Two chains side by side whose outputs are added: `branch(x) + shortcut(x)`.
+
+    Second moments add, and so do backward factors: the Gauss-Newton part of
+    `(I + J)^T (I + J)`, LH (13), with the cross terms left out.
+
+    Args:
+      branch: the links of the branch, from input to output.
+      shortcut: the links of the shortcut; empty for the identity.
+
+    Raises:
+      ValueError: where an entry is not a link, or (at `init`) the two outputs differ in
+        shape.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Residual([spec.Dense("Dense_0"), spec.BatchNorm()])
+      spec.Residual((spec.Dense('Dense_0'), spec.BatchNorm()))
+    """
+
+    branch: tuple[Link, ...]
+    shortcut: tuple[Link, ...] = ()
+
+    def validate(self) -> None:
+        self._canonical(
+            branch=_checked_links("branch", self.branch),
+            shortcut=_checked_links("shortcut", self.shortcut),
+        )
+
+    @property
+    def arms(self) -> Mapping[str, tuple[Link, ...]]:
+        return {"branch": self.branch, "shortcut": self.shortcut}
+
+    def moment_after(self, here: Site) -> Positive:
+        branch, shortcut = (
+            _recursion.forward(arm, here.q) for arm in here.arms.values()
+        )
+        return branch + shortcut
+
+    def backward_factor(self, here: Site) -> Positive:
+        branch, shortcut = (
+            _recursion.backward(arm, here.m) for arm in here.arms.values()
+        )
+        return branch + shortcut
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LayerChain:
+    """The chain of links a network consists of, from its input to its output.
+
+    Everything the transformation needs to know beside the parameters. Not callable and
+    not a pytree: a plain value, to be passed around, compared, hashed, printed and
+    pasted.
+
+    Args:
+      layers: the links, input to output.
+      input_shape: shape of one input without the batch dimension, channels last, such
+        as `(32, 32, 3)`.
+
+    Raises:
+      ValueError: where an entry of `layers` is not a link, two links own the same path,
+        or `input_shape` is not a sequence of positive ints.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> mlp = spec.LayerChain(
+      ...     [spec.Dense("fc1"), spec.Activation("relu"), spec.Dense("fc2")],
+      ...     input_shape=(64,),
+      ... )
+      >>> mlp
+      spec.LayerChain(
+          [
+              spec.Dense('fc1'),
+              spec.Activation('relu'),
+              spec.Dense('fc2'),
+          ],
+          input_shape=(64,),
+      )
+      >>> eval(repr(mlp)) == mlp
+      True
+    """
+
+    layers: tuple[Link, ...]
+    input_shape: Shape = dataclasses.field(kw_only=True)
+
+    def __post_init__(self):
+        layers = _checked_links("layers", self.layers)
+        object.__setattr__(self, "layers", layers)
+        input_shape = _checked_shape("input_shape", self.input_shape)
+        object.__setattr__(self, "input_shape", input_shape)
+        owners: dict[str, Any] = {}
+        for link in _with_paths(layers):
+            owner = owners.setdefault(link.path, link)
+            if owner is not link:
+                raise ValueError(
+                    f"LayerChain: two layers declare the path {link.path!r}: {owner} "
+                    f"and {link}. A module used twice has no scale of its own; declare "
+                    "each path once."
+                )
+        for path, link in owners.items():
+            for block in owners.values():
+                inside = path.startswith(f"{block.path}/") or block.path == ""
+                if isinstance(block, Block) and block is not link and inside:
+                    raise ValueError(
+                        f"LayerChain: {link} lies inside {block}, which owns every "
+                        "parameter below its path"
+                    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all declared layers with parameters, input to output."""
+        return tuple(link.path for link in _with_paths(self.layers))
+
+    def __repr__(self) -> str:
+        layers = "".join(f"        {link!r},\n" for link in self.layers)
+        listed = f"[\n{layers}    ]" if layers else "[]"
+        return (
+            f"spec.LayerChain(\n    {listed},\n    input_shape={self.input_shape},\n)"
+        )
+
+
+def _with_paths(links: Iterable[Link]) -> Iterator[Any]:
+    """The links with parameters, those inside other links too, input to output."""
+    for link in links:
+        if getattr(link, "path", None) is not None:
+            yield link
+        for arm in link.arms.values():
+            yield from _with_paths(arm)
+
+
+def _checked_links(name: str, links: Any) -> tuple[Link, ...]:
+    if isinstance(links, Link) or not isinstance(links, Iterable):
+        raise ValueError(f"{name} must be a sequence of links, but it is {links!r}")
+    links = tuple(links)
+    for index, link in enumerate(links):
+        if not isinstance(link, Link):
+            raise ValueError(
+                f"{name}[{index}] must be a link such as spec.Dense('Dense_0'), but it "
+                f"is {link!r}, a {type(link).__name__}"
+            )
+    return links
+
+
+def _checked_shape(name: str, shape: Any) -> Shape:
+    try:
+        return canonical_window(name, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} (={shape!r}) must be a sequence of positive ints without the "
+            "batch dimension and with the features last, such as (32, 32, 3)"
+        ) from None
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str):
+        raise ValueError(
+            f"path (={path!r}) must be a string such as 'Dense_0' or 'Block_0/Conv_1', "
+            f"but it is a {type(path).__name__}"
+        )
+    if path and "" in path.split("/"):
+        raise ValueError(
+            f"path (={path!r}) must be names joined by single slashes, such as "
+            "'Block_0/Conv_1', without one at either end"
+        )
+
+
+def _check_features(role: str, shape: Shape, expected: int, input_shape: Shape) -> None:
+    if input_shape[-1] != expected:
+        raise ValueError(
+            f"its {role} of shape {shape} takes {expected} input features, but its "
+            f"input has {input_shape[-1]}"
+        )
+
+
+def _check_vector(role: str, param_shapes: Mapping[str, Shape], features: int) -> None:
+    shape = param_shapes.get(role)
+    if shape is not None and shape != (features,):
+        raise ValueError(f"its {role} has shape {shape}, but expected ({features},)")
