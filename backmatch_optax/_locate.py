@@ -65,7 +65,7 @@ def locate(
         raise ValueError(f"unlisted (={unlisted!r}) must be 'error' or 'identity'")
     paths = ParamPaths(params)
     sites = _locate_links(
-        spec.layers, "layers", spec.input_shape, "the input of the chain", paths
+        spec.layers, "layers", tuple(spec.input_shape), "the input of the chain", paths
     )
     missed = paths.unclaimed()
     if missed and unlisted == "error":

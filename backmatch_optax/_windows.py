@@ -9,9 +9,9 @@ from typing import Any
 # Paddings whose output size is ceil(input / stride), as Flax implements them.
 SIZE_KEEPING = ("SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
 
-# An int stands for the same in every dimension, as it does in Flax.
-PerDimension = int | tuple[int, ...]
-Padding = str | int | tuple[tuple[int, int], ...]
+# As users may write them; an int stands for the same in every dimension, as in Flax.
+PerDimension = int | Sequence[int]
+Padding = str | int | Sequence[int | Sequence[int]]
 
 
 def canonical_counts(name: str, value: Any) -> PerDimension:
@@ -36,7 +36,7 @@ def canonical_window(name: str, value: Any) -> tuple[int, ...]:
             "spatial dimension, such as (2, 2)"
         )
     counts = canonical_counts(name, value)
-    return (counts,) * len(value) if isinstance(counts, int) else counts
+    return (counts,) * len(value) if isinstance(counts, int) else tuple(counts)
 
 
 def canonical_padding(value: Any, allowed: Sequence[str]) -> Padding:

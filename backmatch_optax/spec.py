@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -104,7 +104,7 @@ class Link:
         """Checks, and may normalise, the arguments; raises `ValueError`."""
 
     @property
-    def arms(self) -> Mapping[str, tuple[Link, ...]]:
+    def arms(self) -> Mapping[str, Sequence[Link]]:
         """The chains that the link itself consists of, side by side, by name."""
         return {}
 
@@ -370,7 +370,7 @@ class Activation(Link):
 class _Pool(Link):
     """What MaxPool and AvgPool share: a window that slides over the positions."""
 
-    window_shape: tuple[int, ...]
+    window_shape: Sequence[int]
     strides: PerDimension | None
     padding: Padding
 
@@ -420,7 +420,7 @@ class MaxPool(_Pool):
       spec.MaxPool((2, 2), strides=2)
     """
 
-    window_shape: tuple[int, ...]
+    window_shape: Sequence[int]
     strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
     padding: Padding = dataclasses.field(default="VALID", kw_only=True)
 
@@ -448,7 +448,7 @@ class AvgPool(_Pool):
       spec.AvgPool((2, 2), strides=2, padding='SAME')
     """
 
-    window_shape: tuple[int, ...]
+    window_shape: Sequence[int]
     strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
     padding: Padding = dataclasses.field(default="VALID", kw_only=True)
 
@@ -543,7 +543,7 @@ class Block(Link):
     weight_curvature: Curvature = dataclasses.field(kw_only=True)
     input_curvature: Curvature = dataclasses.field(kw_only=True)
     forward_gain: Curvature = dataclasses.field(default=1.0, kw_only=True)
-    output_shape: Shape | None = dataclasses.field(default=None, kw_only=True)
+    output_shape: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
 
     owns_subtree = True
 
@@ -572,7 +572,7 @@ class Block(Link):
     ) -> Shape:
         """As declared."""
         del param_shapes
-        return input_shape if self.output_shape is None else self.output_shape
+        return input_shape if self.output_shape is None else tuple(self.output_shape)
 
     def moment_after(self, here: Site) -> Positive:
         return here.q * self._value(here, "forward_gain")
@@ -618,8 +618,8 @@ class Residual(Link):
       spec.Residual((spec.Dense('Dense_0'), spec.BatchNorm()))
     """
 
-    branch: tuple[Link, ...]
-    shortcut: tuple[Link, ...] = ()
+    branch: Sequence[Link]
+    shortcut: Sequence[Link] = ()
 
     def validate(self) -> None:
         self._canonical(
@@ -628,7 +628,7 @@ class Residual(Link):
         )
 
     @property
-    def arms(self) -> Mapping[str, tuple[Link, ...]]:
+    def arms(self) -> Mapping[str, Sequence[Link]]:
         return {"branch": self.branch, "shortcut": self.shortcut}
 
     def moment_after(self, here: Site) -> Positive:
@@ -680,8 +680,8 @@ class LayerChain:
       True
     """
 
-    layers: tuple[Link, ...]
-    input_shape: Shape = dataclasses.field(kw_only=True)
+    layers: Sequence[Link]
+    input_shape: Sequence[int] = dataclasses.field(kw_only=True)
 
     def __post_init__(self):
         layers = _checked_links("layers", self.layers)

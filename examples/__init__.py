@@ -1,0 +1,1 @@
+"""Programs that train real networks with backmatch_optax."""

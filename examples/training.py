@@ -1,0 +1,91 @@
+"""A Flax training step and an evaluation, as every example uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+from jax.typing import ArrayLike
+
+from examples.data import Dataset
+
+_EVAL_BATCH = 1000
+
+
+class TrainState(train_state.TrainState):
+    """Flax's own, with BatchNorm's running statistics."""
+
+    batch_stats: Any
+
+
+def create_states(
+    model: nn.Module,
+    optimizers: dict[str, optax.GradientTransformation],
+    dataset: Dataset,
+    key: jax.Array,
+) -> dict[str, TrainState]:
+    """One training state for each optimizer, all from the same initial weights."""
+    images = jnp.zeros((1, *dataset.input_shape))
+    variables = model.init(key, images, train=False)
+    return {
+        name: TrainState.create(
+            apply_fn=model.apply,
+            # A copy each, since the training step donates its state.
+            params=jax.tree.map(jnp.copy, variables["params"]),
+            batch_stats=jax.tree.map(jnp.copy, variables["batch_stats"]),
+            tx=tx,
+        )
+        for name, tx in optimizers.items()
+    }
+
+
+def make_train_step(
+    dataset: Dataset,
+) -> Callable[[TrainState, ArrayLike, ArrayLike], tuple[TrainState, jax.Array]]:
+    """`step(state, images, labels) -> (state, loss)`, jitted, the state donated."""
+
+    def step(state: TrainState, images: jax.Array, labels: jax.Array):
+        def loss_fn(params):
+            logits, mutated = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                dataset.standardise(images),
+                train=True,
+                mutable=["batch_stats"],
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), mutated["batch_stats"]
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, batch_stats), gradient = grad_fn(state.params)
+        state = state.apply_gradients(grads=gradient, batch_stats=batch_stats)
+        return state, loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_accuracy(
+    dataset: Dataset,
+) -> Callable[[TrainState, np.ndarray, np.ndarray], float]:
+    """`accuracy(state, images, labels)`: the share classified right, in [0, 1]."""
+
+    @jax.jit
+    def count_right(state: TrainState, images: jax.Array, labels: jax.Array):
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        logits = state.apply_fn(variables, dataset.standardise(images), train=False)
+        return jnp.sum(logits.argmax(-1) == labels)
+
+    def accuracy(state: TrainState, images: np.ndarray, labels: np.ndarray) -> float:
+        batches = range(0, len(images), _EVAL_BATCH)
+        right = [
+            count_right(state, images[i : i + _EVAL_BATCH], labels[i : i + _EVAL_BATCH])
+            for i in batches
+        ]
+        return float(sum(right)) / len(images)
+
+    return accuracy

@@ -1,0 +1,106 @@
+"""The examples, run as a user runs them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import backmatch_optax as bmo
+from examples import compare, data, methods, models
+
+
+def run(tmp_path, *arguments):
+    return compare.main([*arguments, "--output-dir", str(tmp_path)])
+
+
+def test_backmatch_learns_the_digits(tmp_path):
+    curves = run(tmp_path, "--methods", "backmatch", "--epochs", "8")
+    assert curves["backmatch"]["accuracy"][-1] >= 0.95
+
+
+def test_all_methods_share_initial_weights_and_batches(tmp_path):
+    rates = [f"{method}=0" for method in methods.METHODS]
+    curves = run(tmp_path, "--epochs", "1", "--learning-rate", *rates)
+    losses = {curve["loss"][0] for curve in curves.values()}
+    # Float tolerance: each method is a program of its own.
+    np.testing.assert_allclose(list(losses), next(iter(losses)), rtol=1e-5)
+
+
+def test_compare_prints_a_table_and_saves_pictures_and_results(tmp_path, capsys):
+    run(tmp_path, "--epochs", "1", "--batch-size", "256")
+    printed = capsys.readouterr().out
+    for word in (*methods.METHODS, "train loss", "test accuracy", "overhead"):
+        assert word in printed
+    for name in ("learning_curves.png", "layer_scales.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert set(saved["curves"]) == set(methods.METHODS)
+    assert saved["options"]["batch_size"] == 256
+
+
+def test_the_same_seed_gives_the_same_curve(tmp_path):
+    arguments = ("--methods", "backmatch", "--epochs", "2", "--seed", "3")
+    first, second = (run(tmp_path, *arguments)["backmatch"] for _ in range(2))
+    assert first["loss"] == second["loss"]
+    assert first["scales"] == second["scales"]
+
+
+def test_a_run_that_diverges_says_so():
+    curve = {"loss": [float("nan")], "accuracy": [0.1], "seconds": [1.0, 0.1]}
+    assert "diverged" in compare.table({"sgd": curve}, {"sgd": 1e9})
+
+
+def test_tuning_looks_at_training_images_only():
+    digits = data.load("digits")
+    held_out = digits.hold_out(0.2)
+    assert len(held_out.train_images) + len(held_out.test_images) == 1437
+    pool = {image.tobytes() for image in digits.train_images}
+    assert all(image.tobytes() in pool for image in held_out.test_images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "sgd"], "METHOD=NUMBER"),
+        (["--learning-rate", "adam=0.1"], "must name one of sgd, lars"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--dataset", "mnist"], "invalid choice: 'mnist'"),
+        (["--batch-size", "5000"], "is more than the 1437 training images"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, *arguments)
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+def test_an_absent_data_set_says_how_to_get_it(tmp_path):
+    with pytest.raises(SystemExit, match="download_and_prepare"):
+        data.load("cifar10", str(tmp_path))
+
+
+def test_images_are_standardised_by_the_training_set():
+    digits = data.load("digits")
+    pixels = digits.standardise(jnp.asarray(digits.train_images))
+    np.testing.assert_allclose(pixels.mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(pixels.std(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_declared_chains_fit_their_networks(name, classes):
+    model, chain = models.MODELS[name](classes, (32, 32, 3))
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(
+        lambda key: model.init(key, images, train=False), jax.random.key(0)
+    )
+    bmo.check_spec(chain, variables["params"])
+    assert len(chain.paths) == len(jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize(("depth", "convolutions"), [(11, 8), (13, 10), (16, 13)])
+def test_vgg_has_as_many_layers_as_its_name_says(depth, convolutions):
+    # The papers keep one of VGG's three dense layers.
+    assert len(models.vgg_spec(depth).paths) == convolutions + 1 == depth - 2
