@@ -76,11 +76,12 @@ def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
         link = site.link
         scale = kernel = ""
         if site.params:
-            role = "" if link.owns_subtree else next(iter(site.params))
-            leaves = jax.tree.leaves(dict(site.params))
+            role = next(iter(site.params))
             scale = _figure(_recursion.scale(site, role))
-            first = shape_text(jnp.shape(leaves[0]))
-            kernel = first if role else f"{len(leaves)} arrays"
+            if link.owns_subtree:
+                kernel = f"{len(jax.tree.leaves(site.params))} arrays"
+            else:
+                kernel = shape_text(jnp.shape(site.params[role]))
         yield (
             indent + type(link).__name__,
             getattr(link, "path", None) or "",
