@@ -12,6 +12,7 @@ from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax._layer_scales import walk
 from backmatch_optax._locate import Unlisted
+from backmatch_optax._moments import Gains
 from backmatch_optax._positive import Positive, evaluate
 from backmatch_optax._site import Site
 from backmatch_optax._windows import shape_text
@@ -20,7 +21,11 @@ _HEADER = ("layer", "path", "kernel", "output", "positions", "q", "m", "scale")
 
 
 def describe(
-    spec: _spec.LayerChain, params: optax.Params, *, unlisted: Unlisted = "error"
+    spec: _spec.LayerChain,
+    params: optax.Params,
+    *,
+    gains: Gains = "paper",
+    unlisted: Unlisted = "error",
 ) -> str:
     """A table of the chain: what was understood, and the scale that comes of it.
 
@@ -38,6 +43,7 @@ def describe(
     Args:
       spec: the declared chain.
       params: the model's parameters, concrete arrays.
+      gains: `"paper"` or `"mean_field"`; see `layer_scales`.
       unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
 
     Returns:
@@ -64,7 +70,7 @@ def describe(
       BatchNorm                8       1          1  0.5
       Dense      fc2   8*2     2       1          1  1    1
     """
-    sites = walk(params, spec, unlisted=unlisted)
+    sites = walk(params, spec, gains=gains, unlisted=unlisted)
     rows = [_HEADER, *_rows(sites, depth=0)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

@@ -12,13 +12,18 @@ import optax
 from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax._locate import Unlisted, locate
+from backmatch_optax._moments import Gains, Moments
 from backmatch_optax._param_paths import join
 from backmatch_optax._positive import Positive, evaluate, number
 from backmatch_optax._site import Site
 
 
 def layer_scales(
-    params: optax.Params, spec: _spec.LayerChain, *, unlisted: Unlisted = "error"
+    params: optax.Params,
+    spec: _spec.LayerChain,
+    *,
+    gains: Gains = "paper",
+    unlisted: Unlisted = "error",
 ) -> dict[str, jax.Array]:
     r"""The scale of every declared layer: what its gradient is to be multiplied by.
 
@@ -37,6 +42,10 @@ def layer_scales(
       params: the model's parameters: nested dicts, FrozenDicts or an `nnx.State`, with
         arrays of real floating dtype.
       spec: the declared chain.
+      gains: what a nonlinearity does to the signal: `"paper"`, nothing; `"mean_field"`,
+        what it does to a Gaussian signal in a wide network, with the mean that a
+        BatchNorm removes told apart from the variance it divides by, pooling on
+        activations and taps that fall on padding taken into account.
       unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
 
     Returns:
@@ -51,7 +60,8 @@ def layer_scales(
       scales it enters.
 
     Raises:
-      ValueError: where the chain does not fit the parameters; see `check_spec`.
+      ValueError: where the chain does not fit the parameters, see `check_spec`, or
+        where `gains` or `unlisted` is none of the above.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,36 +78,48 @@ def layer_scales(
       >>> {path: float(scale) for path, scale in bmo.layer_scales(params, net).items()}
       {'fc1': 2.0, 'fc2': 1.0}
     """
-    sites = walk(params, spec, unlisted=unlisted)
+    sites = walk(params, spec, gains=gains, unlisted=unlisted)
     return dict(layer_scales_of(sites, scale_of_params(sites)))
 
 
 def walk(
-    params: optax.Params, spec: _spec.LayerChain, *, unlisted: Unlisted
+    params: optax.Params, spec: _spec.LayerChain, *, gains: Gains, unlisted: Unlisted
 ) -> list[Site]:
-    """The chain's sites with `q` and `m` filled in by the two passes."""
+    """The chain's sites with moments and `m` filled in by the two passes."""
+    check_gains(gains)
     sites = locate(spec, params, unlisted=unlisted)
+    for site in every(sites):
+        site.mean_field = gains == "mean_field"
     # The input counts as whitened, and the derivative of the loss with respect to the
     # network's output as the wanted change of it (BM 3.2).
-    _recursion.forward(sites, number(1.0))
+    _recursion.forward(sites, Moments(number(1.0)))
     _recursion.backward(sites, number(1.0))
     return sites
 
 
-def with_params(sites: Sequence[Site]) -> Iterator[Site]:
-    """The sites that own parameters, those inside others too, input to output."""
+def check_gains(gains: Gains) -> None:
+    """Raises `ValueError` for gains nobody knows."""
+    if gains not in ("paper", "mean_field"):
+        raise ValueError(f"gains (={gains!r}) must be 'paper' or 'mean_field'")
+
+
+def every(sites: Sequence[Site]) -> Iterator[Site]:
+    """The sites and those inside them, input to output."""
     for site in sites:
-        if site.params:
-            yield site
+        yield site
         for arm in site.arms.values():
-            yield from with_params(arm)
+            yield from every(arm)
+
+
+def _owns_params(site: Site) -> bool:
+    return bool(site.params)
 
 
 def scale_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
     """The scale of every declared parameter by its path; of a Block by the block's."""
     numbers: dict[str, Positive] = {}
     leaves: list[Any] = []
-    for site in with_params(sites):
+    for site in filter(_owns_params, every(sites)):
         link: Any = site.link
         leaves += jax.tree.leaves(dict(site.params))
         if link.owns_subtree:
@@ -114,7 +136,7 @@ def layer_scales_of(
     sites: Sequence[Site], scales: dict[str, jax.Array]
 ) -> Iterator[tuple[str, jax.Array]]:
     """Of the parameters' scales, the one that stands for each layer."""
-    for site in with_params(sites):
+    for site in filter(_owns_params, every(sites)):
         link: Any = site.link
         main = "" if link.owns_subtree else next(iter(site.params))
         yield link.path, scales[join(link.path, main) if main else link.path]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from backmatch_optax._moments import Moments
 from backmatch_optax._positive import Positive
 from backmatch_optax._site import Site
 
 
-def forward(sites: Sequence[Site], q: Positive) -> Positive:
-    """Carries the second moment `q` of the signal from the input to the output."""
+def forward(sites: Sequence[Site], moments: Moments) -> Moments:
+    """Carries the moments of the signal from the input to the output."""
     for site in sites:
-        site.q = q
-        q = site.link.moment_after(site)
-    return q
+        site.moments = moments
+        moments = site.link.moments_after(site)
+    return moments
 
 
 def backward(sites: Sequence[Site], m: Positive) -> Positive:

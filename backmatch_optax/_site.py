@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from backmatch_optax._moments import Moments
 from backmatch_optax._positive import Positive, measured, number
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ class Site:
     """A link between its input and its output, with the parameters it owns.
 
     Shapes carry no batch dimension; the last axis holds the features, all others are
-    positions. `q` and `m` are written by the two passes of the recursion.
+    positions. The recursion's two passes write `moments`, of the incoming signal, and
+    `m`, the backward factor at the output.
     """
 
     link: Link
@@ -32,9 +34,15 @@ class Site:
     output_shape: Shape
     params: Mapping[str, Any]  # by role, "kernel"; a Block's are nested dicts
     arms: Mapping[str, list[Site]]  # of a link that holds chains itself
-    q: Positive = dataclasses.field(default_factory=lambda: number(1.0))
+    mean_field: bool = False  # exact Gaussian gains instead of the papers'
+    moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     m: Positive = dataclasses.field(default_factory=lambda: number(1.0))
     _row_norms: dict[str, Positive] = dataclasses.field(default_factory=dict)
+
+    @property
+    def q(self) -> Positive:
+        """The second moment of the incoming signal."""
+        return self.moments.q
 
     @property
     def fan_in(self) -> int:

@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from backmatch_optax import spec as _spec
-from backmatch_optax._layer_scales import layer_scales_of, scale_of_params, walk
+from backmatch_optax._layer_scales import (
+    check_gains,
+    layer_scales_of,
+    scale_of_params,
+    walk,
+)
 from backmatch_optax._locate import Unlisted, check_spec
+from backmatch_optax._moments import Gains
 from backmatch_optax._param_paths import text
 
 
@@ -26,7 +32,10 @@ class ScaleByBackmatchState(NamedTuple):
 
 
 def scale_by_backmatch(
-    spec: _spec.LayerChain, *, unlisted: Unlisted = "error"
+    spec: _spec.LayerChain,
+    *,
+    gains: Gains = "paper",
+    unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each layer's gradient by its back-matched scale.
 
@@ -58,6 +67,7 @@ def scale_by_backmatch(
 
     Args:
       spec: the declared layer chain of the model.
+      gains: `"paper"`, or `"mean_field"` for exact Gaussian gains; see `layer_scales`.
       unlisted: what to do about parameters that no declared layer covers: `"error"`
         (at `init`), or `"identity"` to leave their gradients as they are.
 
@@ -109,6 +119,7 @@ def scale_by_backmatch(
 
     def init_fn(params: optax.Params) -> ScaleByBackmatchState:
         # A tree without leaves has nothing to check: optax.tree.map_params passes one.
+        check_gains(gains)
         if not _is_leafless(params):
             check_spec(spec, params, unlisted=unlisted)
         return ScaleByBackmatchState(
@@ -129,7 +140,7 @@ def scale_by_backmatch(
             )
         if _is_leafless(params):
             return updates, state
-        sites = walk(params, spec, unlisted=unlisted)
+        sites = walk(params, spec, gains=gains, unlisted=unlisted)
         scales = scale_of_params(sites)
         scaled = jax.tree_util.tree_map_with_path(
             lambda key_path, update: _scaled(update, _find(scales, text(key_path))),

@@ -127,3 +127,84 @@ def output_sizes(
 def shape_text(shape: Sequence[int]) -> str:
     """`(8, 8, 64)` as `8*8*64`."""
     return "*".join(map(str, shape)) or "1"
+
+
+def mean_taps_inside(
+    input_sizes: Sequence[int],
+    window: Sequence[int],
+    output_sizes: Sequence[int],
+    *,
+    strides: PerDimension,
+    padding: Padding,
+    dilation: PerDimension,
+) -> float:
+    """How many output positions a kernel tap meets the input at, the mean over taps.
+
+    Without padding that is all of them; on padding a tap meets a zero.
+    """
+    rank = len(input_sizes)
+    strides = per_dimension("strides", strides, rank)
+    dilation = per_dimension("kernel_dilation", dilation, rank)
+    mean = 1.0
+    for axis, (size, taps, outputs) in enumerate(
+        zip(input_sizes, window, output_sizes, strict=True)
+    ):
+        stride, step = strides[axis], dilation[axis]
+        low = low_padding(padding, axis, size, taps, stride, step)
+        inside = sum(
+            0 <= position * stride + tap * step - low < size
+            for position in range(outputs)
+            for tap in range(taps)
+        )
+        mean *= inside / taps
+    return mean
+
+
+def low_padding(
+    padding: Padding, axis: int, size: int, taps: int, stride: int, step: int
+) -> int:
+    """How much is padded before the first entry of an axis."""
+    extent = (taps - 1) * step + 1
+    match padding:
+        case "VALID":
+            return 0
+        case "CAUSAL":
+            return extent - 1
+        case "SAME" | "SAME_LOWER":
+            total = max((-(-size // stride) - 1) * stride + extent - size, 0)
+            return total // 2 if padding == "SAME" else total - total // 2
+        case int():
+            return padding
+    entry: Any = padding[axis]
+    return entry if isinstance(entry, int) else entry[0]
+
+
+def transposed_sizes(
+    input_sizes: Sequence[int],
+    window: Sequence[int],
+    *,
+    strides: PerDimension,
+    padding: Padding,
+    dilation: PerDimension,
+) -> tuple[int, ...]:
+    """Output size of a transposed convolution in each spatial dimension."""
+    rank = len(input_sizes)
+    strides = per_dimension("strides", strides, rank)
+    dilation = per_dimension("kernel_dilation", dilation, rank)
+    spread = tuple(
+        (size - 1) * stride + 1
+        for size, stride in zip(input_sizes, strides, strict=True)
+    )
+    extents = tuple(
+        (size - 1) * step + 1 for size, step in zip(window, dilation, strict=True)
+    )
+    if padding in ("SAME", "CIRCULAR"):
+        return tuple(
+            size * stride for size, stride in zip(input_sizes, strides, strict=True)
+        )
+    if padding == "VALID":  # every tap of every input, and at least the stride
+        return tuple(
+            size + max(extent, stride) - 1
+            for size, extent, stride in zip(spread, extents, strides, strict=True)
+        )
+    return output_sizes(spread, window, padding=padding, dilation=dilation)

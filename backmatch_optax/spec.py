@@ -3,7 +3,7 @@
 Every kind of layer is one class that states, for a link between its input and output,
 
 * `shape_after`: the shape of its output, without the batch dimension;
-* `moment_after`: the second moment of its output, given that of its input (`q`);
+* `moments_after`: the moments of its output, given those of its input;
 * `m_W` and `m_z`: its two local Hessians, each reduced to a scalar, the mean diagonal
   of `J^T J`, where `J` is the Jacobian of the output with respect to one of its
   parameters, or to its input.
@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from backmatch_optax import _recursion
+from backmatch_optax._moments import Moments, after_activation, after_max_pool
 from backmatch_optax._positive import Positive, measured, number
 from backmatch_optax._site import Shape, Site
 from backmatch_optax._windows import (
@@ -38,7 +39,9 @@ from backmatch_optax._windows import (
     canonical_counts,
     canonical_padding,
     canonical_window,
+    mean_taps_inside,
     output_sizes,
+    transposed_sizes,
 )
 
 __all__ = [
@@ -47,14 +50,19 @@ __all__ = [
     "BatchNorm",
     "Block",
     "Conv",
+    "ConvTranspose",
     "Dense",
     "Dropout",
     "Flatten",
     "GlobalAvgPool",
+    "GroupNorm",
     "LayerChain",
+    "LayerNorm",
     "Link",
     "MaxPool",
+    "RMSNorm",
     "Residual",
+    "Scale",
 ]
 
 ACTIVATIONS = (
@@ -115,9 +123,9 @@ class Link:
         del param_shapes
         return input_shape
 
-    def moment_after(self, here: Site) -> Positive:
-        """Second moment of the output, the mean over all its coordinates."""
-        return here.q
+    def moments_after(self, here: Site) -> Moments:
+        """Moments of the output, means over all its coordinates."""
+        return here.moments
 
     def m_W(self, here: Site, role: str) -> Positive:
         """Weight curvature: the mean diagonal of `J^T J` for one of its parameters."""
@@ -149,27 +157,36 @@ class Link:
 
 
 class _Linear(Link):
-    """What Dense and Conv share: kernel and bias, applied at every position."""
+    """What all linear layers share: kernel and bias, applied at every position."""
 
     roles = ("kernel", "bias")
     required_roles = ("kernel",)
 
-    def moment_after(self, here: Site) -> Positive:
-        # A sum of `fan_in * taps` independent terms of moment q. The bias, which a
-        # following normalisation removes, does not enter.
-        return here.q * here.squared_row_norm("kernel")
+    def uses(self, here: Site) -> float:
+        """How often a kernel entry is used: once for every position of the output."""
+        return here.positions_out
+
+    def moments_after(self, here: Site) -> Moments:
+        # A sum of independent terms: fan_in times the taps that reach it.
+        gain = here.squared_row_norm("kernel") * self.uses(here) / here.positions_out
+        after = here.moments * gain
+        if here.mean_field and "bias" in here.params:
+            after = after.with_mean(here.squared_row_norm("bias"))
+        return after
 
     def m_W(self, here: Site, role: str) -> Positive:
-        # BM (32) and (33): a weight is used once at every position, and meets an input
-        # of moment q; a bias meets a constant one. BM's sharing factor `s` is
-        # positions_out times what the pooling above has left in `m`.
-        return here.positions_out * (here.q if role == "kernel" else number(1.0))
+        # BM (32) and (33): a weight meets an input of moment q each time it is used; a
+        # bias a constant one. BM's sharing factor `s` is `uses` times what the pooling
+        # above has left in `m`.
+        return (
+            self.uses(here) * here.q if role == "kernel" else number(here.positions_out)
+        )
 
     def m_z(self, here: Site) -> Positive:
         # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by
-        # input features, over c = positions_in / positions_out.
+        # input features, over BM's c = positions_in / uses.
         column = here.squared_row_norm("kernel") * here.fan_out / here.fan_in
-        return column * here.positions_out / here.positions_in
+        return column * self.uses(here) / here.positions_in
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -256,16 +273,7 @@ class Conv(_Linear):
     ) -> Shape:
         """Positions by Flax's padding rules, the kernel's output features."""
         kernel = param_shapes["kernel"]
-        if len(kernel) < 3:
-            raise ValueError(
-                "expects a kernel of shape (*window, in / groups, out), but it has "
-                f"shape {kernel}"
-            )
-        if len(kernel) != len(input_shape) + 1:
-            raise ValueError(
-                f"has a kernel of shape {kernel}, with {len(kernel) - 2} spatial "
-                f"dimensions, but its input has {len(input_shape) - 1}"
-            )
+        _check_conv_kernel(kernel, input_shape)
         groups = self.feature_group_count
         _check_features("kernel", kernel, kernel[-2] * groups, input_shape)
         if kernel[-1] % groups:
@@ -283,9 +291,128 @@ class Conv(_Linear):
         )
         return (*sizes, kernel[-1])
 
+    def uses(self, here: Site) -> float:
+        # In the papers a tap on the padding counts like any other.
+        if not here.mean_field or self.padding in ("CIRCULAR", "REFLECT"):
+            return here.positions_out
+        return mean_taps_inside(
+            here.input_shape[:-1],
+            here.params["kernel"].shape[:-2],
+            here.output_shape[:-1],
+            strides=self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+        )
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class BatchNorm(Link):
+class ConvTranspose(_Linear):
+    """A transposed convolution, `flax.linen.ConvTranspose` or `flax.nnx.ConvTranspose`.
+
+    Args:
+      path: where the layer's `kernel`, of shape `(*window, in, out)`, and optional
+        `bias` lie in the parameters.
+      strides: an int for all dimensions, or one for each; None is 1, as in Flax.
+      padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, an int, or an int or a (low, high)
+        pair for each dimension.
+      kernel_dilation: an int for all dimensions, or one for each.
+
+    Raises:
+      ValueError: where an argument is none of these.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.ConvTranspose("ConvTranspose_0", strides=(2, 2))
+      spec.ConvTranspose('ConvTranspose_0', strides=2)
+    """
+
+    path: str
+    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
+    padding: Padding = dataclasses.field(default="SAME", kw_only=True)
+    kernel_dilation: PerDimension = dataclasses.field(default=1, kw_only=True)
+
+    def validate(self) -> None:
+        _check_path(self.path)
+        strides = self.strides
+        self._canonical(
+            strides=None if strides is None else canonical_counts("strides", strides),
+            padding=canonical_padding(self.padding, ("VALID", "SAME", "CIRCULAR")),
+            kernel_dilation=canonical_counts("kernel_dilation", self.kernel_dilation),
+        )
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """Positions by Flax's padding rules, the kernel's output features."""
+        kernel = param_shapes["kernel"]
+        _check_conv_kernel(kernel, input_shape)
+        _check_features("kernel", kernel, kernel[-2], input_shape)
+        _check_vector("bias", param_shapes, kernel[-1])
+        sizes = transposed_sizes(
+            input_shape[:-1],
+            kernel[:-2],
+            strides=1 if self.strides is None else self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+        )
+        return (*sizes, kernel[-1])
+
+    def uses(self, here: Site) -> float:
+        """Once for every position of the input, which it spreads over the output."""
+        return here.positions_in
+
+
+class _Normalisation(Link):
+    """What all normalisations share: unit moment, then a scale and a bias."""
+
+    path: str | None
+
+    roles = ("scale", "bias")
+
+    def validate(self) -> None:
+        if self.path is not None:
+            _check_path(self.path)
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """The input's."""
+        for role in self.roles:
+            _check_vector(role, param_shapes, input_shape[-1])
+        return input_shape
+
+    def divisor(self, here: Site) -> Positive:
+        """What the signal's square is divided by."""
+        return here.q
+
+    def moments_after(self, here: Site) -> Moments:
+        moments = self.normalised(here) * self._squared_scale(here)
+        if "bias" not in here.params:
+            return moments
+        bias = here.squared_row_norm("bias")
+        if here.mean_field:
+            return moments.with_mean(bias)
+        return Moments(moments.variance + bias)
+
+    def normalised(self, here: Site) -> Moments:
+        """Moments before scale and bias."""
+        return here.moments * (1.0 / self.divisor(here))
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        # Each entry acts at every position: the scale on a signal of moment 1, the bias
+        # on a constant one.
+        del role
+        return number(here.positions_out)
+
+    def m_z(self, here: Site) -> Positive:
+        return self._squared_scale(here) / self.divisor(here)
+
+    def _squared_scale(self, here: Site) -> Positive:
+        return here.squared_row_norm("scale") if "scale" in here.params else number(1.0)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class BatchNorm(_Normalisation):
     """Batch normalisation over the last axis, `flax.linen.BatchNorm` or nnx's.
 
     Args:
@@ -304,44 +431,83 @@ class BatchNorm(Link):
 
     path: str | None = None
 
-    roles = ("scale", "bias")
+    def divisor(self, here: Site) -> Positive:
+        # BM (36), LH (24): a unit's variance over the batch. With the papers' gains
+        # that is the whole incoming moment.
+        return here.moments.variance
 
-    def validate(self) -> None:
-        if self.path is not None:
-            _check_path(self.path)
+    def normalised(self, here: Site) -> Moments:
+        del here
+        return Moments(number(1.0))  # every unit's mean is taken away
 
-    def shape_after(
-        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
-    ) -> Shape:
-        """The input's."""
-        for role in self.roles:
-            _check_vector(role, param_shapes, input_shape[-1])
-        return input_shape
 
-    def moment_after(self, here: Site) -> Positive:
-        # Normalised to moment 1, then scale * x + bias.
-        moment = self._squared_scale(here)
-        if "bias" in here.params:
-            moment += here.squared_row_norm("bias")
-        return moment
+@dataclasses.dataclass(frozen=True, repr=False)
+class LayerNorm(_Normalisation):
+    """Normalisation over the features, `flax.linen.LayerNorm` or `flax.nnx.LayerNorm`.
 
-    def m_W(self, here: Site, role: str) -> Positive:
-        # Each entry acts at every position: the scale on a signal of moment 1, the bias
-        # on the constant one.
-        del role
-        return number(here.positions_out)
+    Args:
+      path: where its `scale` and `bias` lie in the parameters, either or both; None
+        for a LayerNorm without either.
 
-    def m_z(self, here: Site) -> Positive:
-        # BM (36), LH (24): the variance that is divided away is the incoming q.
-        return self._squared_scale(here) / here.q
+    Raises:
+      ValueError: where `path` is neither None nor names joined by single slashes.
 
-    def _squared_scale(self, here: Site) -> Positive:
-        return here.squared_row_norm("scale") if "scale" in here.params else number(1.0)
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.LayerNorm("LayerNorm_0")
+      spec.LayerNorm('LayerNorm_0')
+    """
+
+    path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GroupNorm(_Normalisation):
+    """Normalisation over groups of features and all positions, `flax.linen.GroupNorm`.
+
+    Args:
+      path: where its `scale` and `bias` lie in the parameters, either or both; None
+        for a GroupNorm without either.
+
+    Raises:
+      ValueError: where `path` is neither None nor names joined by single slashes.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.GroupNorm("GroupNorm_0")
+      spec.GroupNorm('GroupNorm_0')
+    """
+
+    path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class RMSNorm(_Normalisation):
+    """Division by the features' root mean square, `flax.linen.RMSNorm` or nnx's.
+
+    Args:
+      path: where its `scale` lies in the parameters; None for one without.
+
+    Raises:
+      ValueError: where `path` is neither None nor names joined by single slashes.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.RMSNorm("RMSNorm_0")
+      spec.RMSNorm('RMSNorm_0')
+    """
+
+    path: str | None = None
+
+    roles = ("scale",)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Activation(Link):
-    """An elementwise nonlinearity; its gain counts as 1 both ways, as in BM (31).
+    """An elementwise nonlinearity.
+
+    With the papers' gains it counts as 1 both ways, as in BM (31); with mean-field
+    gains as what it does to a Gaussian signal.
 
     Args:
       name: the name of the function in `flax.linen`, such as `"relu"` or `"tanh"`.
@@ -365,6 +531,16 @@ class Activation(Link):
                 f"name (={self.name!r}) is not known. {hint}"
                 f"Known: {', '.join(map(repr, ACTIVATIONS))}."
             )
+
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return after_activation(self.name, here.moments)[0]
+
+    def m_z(self, here: Site) -> Positive:
+        if not here.mean_field:
+            return number(1.0)
+        return after_activation(self.name, here.moments)[1]
 
 
 class _Pool(Link):
@@ -426,7 +602,15 @@ class MaxPool(_Pool):
 
     def m_z(self, here: Site) -> Positive:
         # Each output hands its value to one input: BM's pooled `s` and `c` (BM 3.3).
-        return number(here.size_out / here.size_in)
+        handed = number(here.size_out / here.size_in)
+        if not here.mean_field:
+            return handed
+        return handed * after_max_pool(here.moments, math.prod(self.window_shape))[1]
+
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return after_max_pool(here.moments, math.prod(self.window_shape))[0]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -456,6 +640,11 @@ class AvgPool(_Pool):
         # Each output hands 1 / k of its value to k inputs: least squares, BM (11).
         return number(here.size_out / here.size_in / math.prod(self.window_shape))
 
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return here.moments.averaged(math.prod(self.window_shape))
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class GlobalAvgPool(Link):
@@ -477,6 +666,11 @@ class GlobalAvgPool(Link):
     def m_z(self, here: Site) -> Positive:
         # One window of all positions: 1 / k of a value to k inputs.
         return number(1.0 / here.positions_in**2)
+
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return here.moments.averaged(here.positions_in)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -506,6 +700,40 @@ class Dropout(Link):
       >>> spec.Dropout()
       spec.Dropout()
     """
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Scale(Link):
+    """Multiplication by a constant, such as `0.5 * x` or a division by `sqrt(2)`.
+
+    Args:
+      factor: the constant, not zero.
+
+    Raises:
+      ValueError: where it is not a finite number other than zero.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Scale(0.5)
+      spec.Scale(0.5)
+    """
+
+    factor: float
+
+    def validate(self) -> None:
+        try:
+            self._canonical(factor=float(self.factor))
+        except (TypeError, ValueError):
+            self._canonical(factor=math.nan)
+        if not 0.0 < abs(self.factor) < math.inf:
+            raise ValueError("factor must be a finite number other than zero")
+
+    def moments_after(self, here: Site) -> Moments:
+        return here.moments * self.factor**2
+
+    def m_z(self, here: Site) -> Positive:
+        del here
+        return number(self.factor**2)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -574,8 +802,8 @@ class Block(Link):
         del param_shapes
         return input_shape if self.output_shape is None else tuple(self.output_shape)
 
-    def moment_after(self, here: Site) -> Positive:
-        return here.q * self._value(here, "forward_gain")
+    def moments_after(self, here: Site) -> Moments:
+        return here.moments * self._value(here, "forward_gain")
 
     def m_W(self, here: Site, role: str) -> Positive:
         del role  # one number for all the block's parameters
@@ -633,7 +861,7 @@ class Residual(Link):
 
     def moment_after(self, here: Site) -> Positive:
         branch, shortcut = (
-            _recursion.forward(arm, here.q) for arm in here.arms.values()
+            _recursion.forward(arm, here.moments) for arm in here.arms.values()
         )
         return branch + shortcut
 
@@ -761,6 +989,19 @@ def _check_path(path: Any) -> None:
         raise ValueError(
             f"path (={path!r}) must be names joined by single slashes, such as "
             "'Block_0/Conv_1', without one at either end"
+        )
+
+
+def _check_conv_kernel(kernel: Shape, input_shape: Shape) -> None:
+    if len(kernel) < 3:
+        raise ValueError(
+            "expects a kernel of shape (*window, in / groups, out), but it has shape "
+            f"{kernel}"
+        )
+    if len(kernel) != len(input_shape) + 1:
+        raise ValueError(
+            f"has a kernel of shape {kernel}, with {len(kernel) - 2} spatial "
+            f"dimensions, but its input has {len(input_shape) - 1}"
         )
 
 

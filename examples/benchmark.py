@@ -55,7 +55,7 @@ TREES: dict[str, Callable[[], tuple[Any, spec.LayerChain]]] = {
 
 
 def compiled_update(method: str, params: Any, chain: spec.LayerChain):
-    """A compiled update, its initial state, and the seconds tracing and compiling took."""
+    """A compiled update, its initial state, and the seconds it took to compile."""
     tx = methods.optimizer(method, 0.1, chain, weight_decay=5e-4)
     opt_state = tx.init(params)
 
