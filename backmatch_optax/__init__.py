@@ -9,9 +9,16 @@ from importlib.metadata import version as _version
 
 from backmatch_optax import spec
 from backmatch_optax._alias import backmatch_sgd
+from backmatch_optax._compare import ScaleComparison, compare_scales
 from backmatch_optax._describe import describe
 from backmatch_optax._layer_scales import layer_scales
 from backmatch_optax._locate import check_spec
+from backmatch_optax._measure import (
+    MeasuredLayerScales,
+    ScaleByMeasuredBackmatchState,
+    measure_layer_scales,
+    scale_by_measured_backmatch,
+)
 from backmatch_optax._transform import (
     ScaleByBackmatchState,
     scale_by_backmatch,
@@ -21,12 +28,18 @@ from backmatch_optax._transform import (
 __version__ = _version("backmatch-optax")
 
 __all__ = [
+    "MeasuredLayerScales",
     "ScaleByBackmatchState",
+    "ScaleByMeasuredBackmatchState",
+    "ScaleComparison",
     "backmatch_sgd",
     "check_spec",
+    "compare_scales",
     "describe",
     "layer_scales",
+    "measure_layer_scales",
     "scale_by_backmatch",
     "scale_by_lsalr",
+    "scale_by_measured_backmatch",
     "spec",
 ]

@@ -93,6 +93,7 @@ def walk(
     # The input counts as whitened, and the derivative of the loss with respect to the
     # network's output as the wanted change of it (BM 3.2).
     _recursion.forward(sites, Moments(number(1.0)))
+    _recursion.mark_centred(sites)
     _recursion.backward(sites, number(1.0))
     return sites
 
@@ -109,6 +110,12 @@ def every(sites: Sequence[Site]) -> Iterator[Site]:
         yield site
         for arm in site.arms.values():
             yield from every(arm)
+
+
+def main_path(site: Site) -> str:
+    """The path of the parameter whose scale stands for a layer; of a Block its own."""
+    link: Any = site.link
+    return link.path if link.owns_subtree else join(link.path, next(iter(site.params)))
 
 
 def _owns_params(site: Site) -> bool:
@@ -138,5 +145,4 @@ def layer_scales_of(
     """Of the parameters' scales, the one that stands for each layer."""
     for site in filter(_owns_params, every(sites)):
         link: Any = site.link
-        main = "" if link.owns_subtree else next(iter(site.params))
-        yield link.path, scales[join(link.path, main) if main else link.path]
+        yield link.path, scales[main_path(site)]

@@ -3,7 +3,8 @@
 With the papers' gains only the second moment `q` is known, and a nonlinearity leaves
 it alone. With mean-field gains a unit's pre-activation is Gaussian: over units,
 its mean is Gaussian of moment `mean_square`, and about that mean it varies with
-`variance`. The two are kept apart because a BatchNorm removes the one and divides by the other.
+`variance`. The two are kept apart because a BatchNorm removes the one and divides by
+the other.
 """
 
 from __future__ import annotations

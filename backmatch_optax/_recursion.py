@@ -29,6 +29,19 @@ def backward(sites: Sequence[Site], m: Positive) -> Positive:
     return m
 
 
+def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
+    """Marks the sites whose cotangents sum to zero over the batch, for every unit.
+
+    A BatchNorm takes the mean away from what passes back as it does forward, and linear
+    links keep it away. To a kernel there, the constant part of its input is nothing.
+    """
+    for site in reversed(sites):
+        site.centred = centred
+        below = [mark_centred(arm, centred) for arm in site.arms.values()]
+        centred = all(below) if below else site.link.centres(centred)
+    return centred
+
+
 def scale(site: Site, role: str) -> Positive:
     """What multiplies the gradient of a parameter: `1 / (m * m_W)`, LH (22)."""
     return 1.0 / (site.m * site.link.m_W(site, role))

@@ -35,6 +35,7 @@ class Site:
     params: Mapping[str, Any]  # by role, "kernel"; a Block's are nested dicts
     arms: Mapping[str, list[Site]]  # of a link that holds chains itself
     mean_field: bool = False  # exact Gaussian gains instead of the papers'
+    centred: bool = False  # whether cotangents at the output have mean zero
     moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     m: Positive = dataclasses.field(default_factory=lambda: number(1.0))
     _row_norms: dict[str, Positive] = dataclasses.field(default_factory=dict)

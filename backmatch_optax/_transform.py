@@ -142,15 +142,15 @@ def scale_by_backmatch(
             return updates, state
         sites = walk(params, spec, gains=gains, unlisted=unlisted)
         scales = scale_of_params(sites)
-        scaled = jax.tree_util.tree_map_with_path(
-            lambda key_path, update: _scaled(update, _find(scales, text(key_path))),
+        scaled_updates = jax.tree_util.tree_map_with_path(
+            lambda key_path, update: scaled(update, _find(scales, text(key_path))),
             updates,
         )
         latest = {
             path: scale.astype(jnp.float32)
             for path, scale in layer_scales_of(sites, scales)
         }
-        return scaled, ScaleByBackmatchState(latest)
+        return scaled_updates, ScaleByBackmatchState(latest)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -170,7 +170,8 @@ def _find(scales: dict[str, jax.Array], path: str) -> jax.Array | None:
     return scales[path]
 
 
-def _scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
+def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """An update times its scale, in its own dtype; without a scale as it is."""
     if scale is None:
         return update
     # In the wider of the two dtypes: a scale above 65504 is no float16.
@@ -227,4 +228,4 @@ def _scaled_by_own_norm(update: jax.Array) -> jax.Array:
     norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
     safe = jnp.where(norm > 0, norm, 1)
     # log(1 + 1 / norm), written so that a tiny norm does not overflow.
-    return _scaled(update, 1 + jnp.log1p(safe) - jnp.log(safe))
+    return scaled(update, 1 + jnp.log1p(safe) - jnp.log(safe))

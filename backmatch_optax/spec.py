@@ -140,6 +140,13 @@ class Link:
         """The factor handed on to the link below: `m * m_z`."""
         return here.m * self.m_z(here)
 
+    def centres(self, centred: bool) -> bool:
+        """Whether what it hands back has mean zero over the batch, for every unit.
+
+        True of a BatchNorm; a linear link keeps what it gets, which is the default.
+        """
+        return centred
+
     def __repr__(self) -> str:
         arguments = []
         for field in dataclasses.fields(self):
@@ -177,10 +184,11 @@ class _Linear(Link):
     def m_W(self, here: Site, role: str) -> Positive:
         # BM (32) and (33): a weight meets an input of moment q each time it is used; a
         # bias a constant one. BM's sharing factor `s` is `uses` times what the pooling
-        # above has left in `m`.
-        return (
-            self.uses(here) * here.q if role == "kernel" else number(here.positions_out)
-        )
+        # above has left in `m`. With the papers' gains all of q is variance.
+        if role != "kernel":
+            return number(here.positions_out)
+        seen = here.moments.variance if here.centred else here.q
+        return self.uses(here) * seen
 
     def m_z(self, here: Site) -> Positive:
         # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by
@@ -385,6 +393,10 @@ class _Normalisation(Link):
         """What the signal's square is divided by."""
         return here.q
 
+    def centres(self, centred: bool) -> bool:
+        del centred
+        return False  # it multiplies every example by a number of its own
+
     def moments_after(self, here: Site) -> Moments:
         moments = self.normalised(here) * self._squared_scale(here)
         if "bias" not in here.params:
@@ -439,6 +451,10 @@ class BatchNorm(_Normalisation):
     def normalised(self, here: Site) -> Moments:
         del here
         return Moments(number(1.0))  # every unit's mean is taken away
+
+    def centres(self, centred: bool) -> bool:
+        del centred
+        return True
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -532,6 +548,9 @@ class Activation(Link):
                 f"Known: {', '.join(map(repr, ACTIVATIONS))}."
             )
 
+    def centres(self, centred: bool) -> bool:
+        return centred and self.name == "identity"
+
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:
             return here.moments
@@ -606,6 +625,10 @@ class MaxPool(_Pool):
         if not here.mean_field:
             return handed
         return handed * after_max_pool(here.moments, math.prod(self.window_shape))[1]
+
+    def centres(self, centred: bool) -> bool:
+        del centred
+        return False  # which of the window is the largest depends on the example
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:
@@ -804,6 +827,10 @@ class Block(Link):
 
     def moments_after(self, here: Site) -> Moments:
         return here.moments * self._value(here, "forward_gain")
+
+    def centres(self, centred: bool) -> bool:
+        del centred
+        return False
 
     def m_W(self, here: Site, role: str) -> Positive:
         del role  # one number for all the block's parameters

@@ -1,0 +1,169 @@
+"""Declared scales held against measured ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from backmatch_optax import spec as _spec
+from backmatch_optax._layer_scales import every, layer_scales, main_path
+from backmatch_optax._locate import Unlisted, locate
+from backmatch_optax._measure import measure_layer_scales
+from backmatch_optax._moments import Gains
+from backmatch_optax._site import Site
+
+
+class ScaleComparison(NamedTuple):
+    """What `compare_scales` returns, keyed by the paths of the declared layers.
+
+    Printed, it is a table.
+    """
+
+    declared: dict[str, float]
+    measured: dict[str, float]
+    standard_errors: dict[str, float]  # of the measured scales
+    ratios: dict[str, float]  # declared over measured: 1, or the same for all, is right
+    suspects: dict[str, str]  # what looks wrong, by the layer where the ratio changes
+
+    def __str__(self) -> str:
+        rows = [("layer", "declared", "measured", "+-", "ratio", "")]
+        for path, ratio in self.ratios.items():
+            figures = (self.declared[path], self.measured[path])
+            error = f"{self.standard_errors[path] / self.measured[path]:.0%}"
+            suspect = self.suspects.get(path, "")
+            texts = (f"{figure:.4g}" for figure in figures)
+            rows.append((path, *texts, error, f"{ratio:.2f}", suspect))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
+        )
+
+
+def compare_scales(
+    spec: _spec.LayerChain,
+    params: optax.Params,
+    fn: Callable[..., Any],
+    *inputs: Any,
+    key: jax.Array,
+    num_probes: int = 8,
+    gains: Gains = "mean_field",
+    tolerance: float = 2.0,
+    unlisted: Unlisted = "error",
+) -> ScaleComparison:
+    """Holds a declared chain against what the model does: the numeric `check_spec`.
+
+    `check_spec` sees that every declared layer fits its parameters; it cannot see a
+    pooling that was forgotten. Measured scales can: an error in one link changes the
+    ratio of declared to measured for every layer below it by the same factor. So the
+    ratio is followed down the chain, and where it changes by more than `tolerance`, and
+    by more than chance, the links there are named.
+
+    At initialisation the two should agree within a factor of about 1.5 for Gaussian
+    kernels and `"mean_field"` gains; training makes kernels and signals less random,
+    and the two part slowly.
+
+    Args:
+      spec: the declared chain.
+      params: the model's parameters.
+      fn: `fn(params, *inputs)`, the model's outputs before the loss, with the batch as
+        first axis; with BatchNorm in training mode, as the gradient is taken.
+      *inputs: what else `fn` takes, such as a batch of images, standardised.
+      key: key of the random probes.
+      num_probes: the number of vector-Jacobian products, at least 1; with a single one
+        there is no standard error, and chance is not told apart.
+      gains: the gains of the declared scales; the papers' own are not meant to agree.
+      tolerance: the change of the ratio from one layer to the next that is reported.
+      unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
+
+    Returns:
+      A `ScaleComparison`; printed, it is a table.
+
+    Raises:
+      ValueError: where the chain does not fit the parameters (`check_spec`), the model
+        cannot be measured (`measure_layer_scales`), or `tolerance` is not above 1.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> def model(params, x):
+      ...     x = x @ params["fc1"]["kernel"]
+      ...     return 3 * x @ params["fc2"]["kernel"]
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> params = {
+      ...     "fc1": {"kernel": jax.random.normal(keys[0], (64, 64)) / 8},
+      ...     "fc2": {"kernel": jax.random.normal(keys[1], (64, 8)) / 8},
+      ... }
+      >>> x = jax.random.normal(keys[2], (256, 64))
+      >>> chain = spec.LayerChain(
+      ...     [spec.Dense("fc1"), spec.Dense("fc2")], input_shape=(64,)
+      ... )
+      >>> compared = bmo.compare_scales(chain, params, model, x, key=keys[3])
+      >>> bool(compared.ratios["fc2"] > 8)  # the factor of 3 was not declared
+      True
+    """
+    if not tolerance > 1:
+        raise ValueError(f"tolerance (={tolerance!r}) must be above 1")
+    sites = [site for site in every(locate(spec, params, unlisted=unlisted))]
+    declared = layer_scales(params, spec, gains=gains, unlisted=unlisted)
+    owners = {main_path(site): site for site in sites if site.params}
+    blocks = tuple(p for p, site in owners.items() if site.link.owns_subtree)
+
+    def parameter_or_block(path: str) -> str:
+        inside = (b for b in blocks if path == b or path.startswith(f"{b}/") or not b)
+        return next(inside, path)
+
+    estimates = measure_layer_scales(
+        fn,
+        params,
+        *inputs,
+        key=key,
+        num_probes=num_probes,
+        layer_of=parameter_or_block,
+    )
+    names = {path: main for path, main in zip(declared, owners, strict=True)}
+    measured = {p: float(estimates.layer_scales[main]) for p, main in names.items()}
+    errors = {p: float(estimates.standard_errors[main]) for p, main in names.items()}
+    ratios = {path: float(declared[path]) / measured[path] for path in names}
+    relative = {path: errors[path] / measured[path] for path in names}
+    return ScaleComparison(
+        declared={path: float(scale) for path, scale in declared.items()},
+        measured=measured,
+        standard_errors=errors,
+        ratios=ratios,
+        suspects=_suspects(sites, ratios, relative, tolerance),
+    )
+
+
+def _suspects(
+    sites: Sequence[Site],
+    ratios: dict[str, float],
+    relative_errors: dict[str, float],
+    tolerance: float,
+) -> dict[str, str]:
+    """Where the ratio changes from one layer to the next, with the links in between."""
+    owners = [index for index, site in enumerate(sites) if site.params]
+    paths = list(ratios)
+    suspects = {}
+    for (lower, upper), (first, last) in zip(
+        itertools.pairwise(paths), itertools.pairwise(owners), strict=True
+    ):
+        change = ratios[lower] / ratios[upper]
+        noise = math.hypot(relative_errors[lower], relative_errors[upper])
+        by_chance = abs(math.log(change)) < 3 * noise
+        if max(change, 1 / change) > tolerance and not by_chance:
+            between = ", ".join(repr(site.link) for site in sites[first : last + 1])
+            suspects[lower] = (
+                f"{change:.2g} times the ratio of {upper!r}: check {between}"
+            )
+    top = paths[-1] if paths else None
+    if top is not None and max(ratios[top], 1 / ratios[top]) > tolerance:
+        after = ", ".join(repr(site.link) for site in sites[owners[-1] :])
+        suspects[top] = f"{ratios[top]:.2g} times the measured scale: check {after}"
+    return suspects

@@ -1,0 +1,300 @@
+"""Scales measured from the model itself: any architecture, no declaration."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from backmatch_optax._param_paths import listed, text
+from backmatch_optax._transform import scaled
+
+LayerOf = Callable[[str], str]
+
+
+class MeasuredLayerScales(NamedTuple):
+    """What `measure_layer_scales` returns; both keyed by layer."""
+
+    layer_scales: dict[str, jax.Array]  # shape=(), dtype=jnp.float32
+    standard_errors: dict[str, jax.Array]  # of the scales; NaN from a single probe
+
+
+def module_of(path: str) -> str:
+    """The layer a parameter belongs to by default: its path without its own name."""
+    return path.rpartition("/")[0]
+
+
+def measure_layer_scales(
+    fn: Callable[..., Any],
+    params: optax.Params,
+    *inputs: Any,
+    key: jax.Array,
+    num_probes: int = 8,
+    layer_of: LayerOf = module_of,
+) -> MeasuredLayerScales:
+    r"""Measures the scale of every layer of any differentiable model.
+
+    A declared scale is the reciprocal of the mean diagonal of the layer's Gauss-Newton
+    matrix under a squared loss on the network's output, with everything above the layer
+    included. That can be measured: pull signs :math:`v`, independent for every entry of
+    the output, back to the parameters; then
+
+    .. math::
+      \mathrm{scale}(W)^{-1} \approx
+      \frac{1}{\mathrm{batch}} \, \mathrm{mean}\big((J_W^T v)^2\big)
+
+    is unbiased, and one vector-Jacobian product serves all layers at once. Use it to
+    check a declared chain (`compare_scales`), or where no chain can be declared
+    (attention, recurrence), to train with (`scale_by_measured_backmatch`).
+
+    Args:
+      fn: `fn(params, *inputs)`, the model's outputs before the loss: an array, or a
+        tree of them, of real floating dtype with the batch as first axis. Give the same
+        function object again to reuse what was compiled.
+      params: the model's parameters, a tree of arrays of real floating dtype.
+      *inputs: what else `fn` takes, such as a batch of images.
+      key: key of the random signs.
+      num_probes: the number of vector-Jacobian products, at least 1. The relative
+        standard error falls with its square root; a batch of some hundred examples
+        needs few.
+      layer_of: maps the path of a parameter, `"Block_0/Conv_1/kernel"`, to the name of
+        its layer; all parameters of a layer are measured together, by default all of a
+        module. `lambda path: path` measures every array by itself.
+
+    Returns:
+      For each layer, in the order of the tree, the scale and its standard error, as
+      float32 scalars. A layer that does not reach the output has scale 1.
+
+    Raises:
+      ValueError: where `num_probes` is below 1, a parameter or an output has no real
+        floating dtype, or the outputs have no common batch axis.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> def model(params, x):
+      ...     return x @ params["fc1"]["kernel"] @ params["fc2"]["kernel"]
+      >>> kernel = jnp.eye(4)
+      >>> params = {"fc1": {"kernel": kernel}, "fc2": {"kernel": 2 * kernel}}
+      >>> x = jnp.array([[1.0, -1.0, 1.0, -1.0]])
+      >>> measured = bmo.measure_layer_scales(model, params, x, key=jax.random.key(0))
+      >>> {path: float(scale) for path, scale in measured.layer_scales.items()}
+      {'fc1': 0.25, 'fc2': 1.0}
+    """
+    try:
+        probes = operator.index(num_probes)
+    except TypeError:
+        probes = 0
+    if probes < 1:
+        raise ValueError(f"num_probes (={num_probes!r}) must be an int of at least 1")
+    sizes = layer_sizes(params, layer_of)
+    samples = jnp.stack(
+        [
+            _probe(fn, layer_of, params, inputs, probe_key)
+            for probe_key in jax.random.split(key, probes)
+        ]
+    )
+    curvature = samples.mean(0)
+    scales = _reciprocal(curvature)
+    # The error of 1 / c is that of c over c^2.
+    spread = jnp.std(samples, axis=0, ddof=1) if probes > 1 else jnp.nan * curvature
+    errors = spread / probes**0.5 * jnp.square(scales)
+    return MeasuredLayerScales(
+        dict(zip(sizes, scales, strict=True)), dict(zip(sizes, errors, strict=True))
+    )
+
+
+def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
+    """How many coordinates each layer has, in the order of the tree."""
+    sizes: dict[str, int] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = text(key_path)
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"parameter {path!r} must be an array of a real floating dtype, but it "
+                f"is of {dtype}"
+            )
+        layer = layer_of(path)
+        sizes[layer] = sizes.get(layer, 0) + leaf.size
+    return sizes
+
+
+@functools.partial(jax.jit, static_argnames=("fn", "layer_of"))
+def _probe(
+    fn: Callable[..., Any],
+    layer_of: LayerOf,
+    params: optax.Params,
+    inputs: Sequence[Any],
+    key: jax.Array,
+) -> jax.Array:
+    """One unbiased sample of the mean Gauss-Newton diagonal of every layer."""
+    outputs, pull_back = jax.vjp(lambda p: fn(p, *inputs), params)
+    batch = _batch_size(outputs)
+    leaves, treedef = jax.tree.flatten(outputs)
+    keys = jax.random.split(key, len(leaves))
+    signs = [
+        jax.random.rademacher(k, leaf.shape, leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    (gradient,) = pull_back(treedef.unflatten(signs))
+    totals: dict[str, jax.Array] = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        layer = layer_of(text(key_path))
+        total = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        totals[layer] = totals.get(layer, jnp.float32(0)) + total
+    sizes = layer_sizes(params, layer_of)
+    return jnp.stack([totals[layer] / (size * batch) for layer, size in sizes.items()])
+
+
+def _batch_size(outputs: Any) -> int:
+    leaves = jax.tree.leaves(outputs)
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    dtypes = [jnp.result_type(leaf) for leaf in leaves]
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        raise ValueError(
+            "fn must return arrays of a real floating dtype, but it returned "
+            + listed(map(str, dtypes))
+        )
+    batches = {shape[0] if shape else None for shape in shapes}
+    if len(batches) != 1 or None in batches:
+        raise ValueError(
+            "fn must return arrays with the batch as first axis, but it returned "
+            "shapes " + listed(map(str, shapes))
+        )
+    return shapes[0][0]
+
+
+def _reciprocal(curvature: jax.Array) -> jax.Array:
+    """Scales of curvatures; where there is none, there is no gradient to scale."""
+    reaches = curvature >= jnp.finfo(jnp.float32).tiny
+    safe = jnp.where(jnp.isnan(curvature) | reaches, curvature, 1)
+    return 1 / jnp.minimum(safe, jnp.finfo(jnp.float32).max)
+
+
+class ScaleByMeasuredBackmatchState(NamedTuple):
+    """State of `scale_by_measured_backmatch`."""
+
+    count: jax.Array  # steps taken; shape=(), dtype=jnp.int32
+    key: jax.Array  # of the next probe; a typed key, shape=()
+    curvatures: jax.Array  # running sums, by layer; shape=(layers,), dtype=jnp.float32
+    layer_scales: jax.Array  # those applied last; shape=(layers,), dtype=jnp.float32
+
+
+def scale_by_measured_backmatch(
+    *,
+    key: jax.Array,
+    refresh_every: int = 20,
+    decay: jax.typing.ArrayLike = 0.9,
+    layer_of: LayerOf = module_of,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies each layer's gradient by a scale measured on the model itself.
+
+    For models whose layers no chain describes. Every `refresh_every` steps, the first
+    included, one vector-Jacobian product measures all layers (`measure_layer_scales`);
+    the curvatures are averaged over refreshes. The model comes with each update, as an
+    extra argument, as Optax's own Hessian estimators take it::
+
+      def outputs(params):
+          return model.apply({"params": params}, images)
+
+      updates, state = tx.update(gradient, state, params, outputs_fn=outputs)
+
+    Args:
+      key: key of the random signs, `jax.random.key(...)`.
+      refresh_every: the number of steps between measurements, at least 1.
+      decay: how much of the running average each refresh keeps, in [0, 1).
+      layer_of: maps the path of a parameter to the name of its layer; all parameters of
+        a layer share one scale. By default a module is a layer.
+
+    Returns:
+      A gradient transformation with state `ScaleByMeasuredBackmatchState`, whose
+      `layer_scales` are in the order of `measure_layer_scales` on the same parameters.
+      Its `update` needs `params` and `outputs_fn`.
+
+    Raises:
+      ValueError: where `refresh_every` is below 1; in `init`, where a parameter has no
+        real floating dtype; in `update`, where `params` or `outputs_fn` is missing.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import backmatch_optax as bmo
+      >>> tx = optax.chain(
+      ...     bmo.scale_by_measured_backmatch(key=jax.random.key(0)),
+      ...     optax.sgd(0.1, momentum=0.9),
+      ... )
+      >>> params = {"fc": {"kernel": 2 * jnp.eye(4)}}
+      >>> x = jnp.array([[2.0, -2.0, 2.0, -2.0]])
+      >>> updates, state = tx.update(
+      ...     params,
+      ...     tx.init(params),
+      ...     params,
+      ...     outputs_fn=lambda p: x @ p["fc"]["kernel"],
+      ... )
+      >>> print(optax.tree.get(state, "layer_scales").round(4))
+      [0.25]
+    """
+    if not isinstance(refresh_every, int) or refresh_every < 1:
+        raise ValueError(
+            f"refresh_every (={refresh_every!r}) must be an int of at least 1"
+        )
+
+    def init_fn(params: optax.Params) -> ScaleByMeasuredBackmatchState:
+        layers = len(layer_sizes(params, layer_of))
+        return ScaleByMeasuredBackmatchState(
+            count=jnp.zeros((), jnp.int32),
+            key=jax.random.fold_in(key, 0),  # a new array: the state may be donated
+            curvatures=jnp.zeros((layers,), jnp.float32),
+            layer_scales=jnp.ones((layers,), jnp.float32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        outputs_fn: Callable[[optax.Params], Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        if params is None or outputs_fn is None:
+            missing = "params" if params is None else "outputs_fn"
+            raise ValueError(
+                "scale_by_measured_backmatch measures the model at the parameters: "
+                "call update(updates, state, params, outputs_fn=lambda params: "
+                f"outputs), but {missing} is None"
+            )
+        assert isinstance(state, ScaleByMeasuredBackmatchState)
+        sizes = layer_sizes(params, layer_of)
+        if not sizes:
+            return updates, state
+
+        def refresh(state: ScaleByMeasuredBackmatchState):
+            next_key, probe_key = jax.random.split(state.key)
+            sample = _probe(outputs_fn, layer_of, params, (), probe_key)
+            curvatures = decay * state.curvatures + (1 - decay) * sample
+            refreshes = state.count // refresh_every + 1
+            average = curvatures / (1 - jnp.power(decay, refreshes))
+            return state._replace(
+                key=next_key, curvatures=curvatures, layer_scales=_reciprocal(average)
+            )
+
+        state = jax.lax.cond(
+            state.count % refresh_every == 0, refresh, lambda state: state, state
+        )
+        of_layer = dict(zip(sizes, state.layer_scales, strict=True))
+        scaled_updates = jax.tree_util.tree_map_with_path(
+            lambda key_path, update: scaled(update, of_layer[layer_of(text(key_path))]),
+            updates,
+        )
+        return scaled_updates, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
