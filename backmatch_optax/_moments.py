@@ -71,6 +71,15 @@ class Moments:
         """The moments of the mean of `window` values, independent about their mean."""
         return Moments(self.variance / window, self.mean_square)
 
+    def with_mean_kept(self, share: float) -> Moments:
+        """The moments when of the units' means only a share stays a mean."""
+        mean = self.mean_square
+        if mean is None or share == 1.0:
+            return self
+        if share == 0.0:
+            return Moments(self.variance + mean)
+        return Moments(self.variance + mean * (1.0 - share), mean * share)
+
     def with_mean(self, mean_square: Positive) -> Moments:
         """The same with the square of a constant for each unit added."""
         return Moments(self.variance, _sum_of_known(self.mean_square, mean_square))

@@ -129,7 +129,7 @@ def shape_text(shape: Sequence[int]) -> str:
     return "*".join(map(str, shape)) or "1"
 
 
-def mean_taps_inside(
+def taps_inside(
     input_sizes: Sequence[int],
     window: Sequence[int],
     output_sizes: Sequence[int],
@@ -137,27 +137,32 @@ def mean_taps_inside(
     strides: PerDimension,
     padding: Padding,
     dilation: PerDimension,
-) -> float:
-    """How many output positions a kernel tap meets the input at, the mean over taps.
+) -> tuple[float, float]:
+    """How much of the input the taps of a padded window see.
 
-    Without padding that is all of them; on padding a tap meets a zero.
+    On padding a tap meets a zero instead of the input.
+
+    Returns:
+      At how many output positions a tap meets the input, the mean over taps (without
+      padding, all of them); and of a constant input's square, as the taps hand it on,
+      the share that is the same at all positions (without padding, all of it).
     """
     rank = len(input_sizes)
     strides = per_dimension("strides", strides, rank)
     dilation = per_dimension("kernel_dilation", dilation, rank)
-    mean = 1.0
+    uses = kept = 1.0
     for axis, (size, taps, outputs) in enumerate(
         zip(input_sizes, window, output_sizes, strict=True)
     ):
         stride, step = strides[axis], dilation[axis]
         low = low_padding(padding, axis, size, taps, stride, step)
-        inside = sum(
-            0 <= position * stride + tap * step - low < size
-            for position in range(outputs)
+        inside = [
+            sum(0 <= at * stride + tap * step - low < size for at in range(outputs))
             for tap in range(taps)
-        )
-        mean *= inside / taps
-    return mean
+        ]
+        uses *= sum(inside) / taps
+        kept *= sum(count**2 for count in inside) / (outputs * sum(inside))
+    return uses, kept
 
 
 def low_padding(

@@ -39,8 +39,8 @@ from backmatch_optax._windows import (
     canonical_counts,
     canonical_padding,
     canonical_window,
-    mean_taps_inside,
     output_sizes,
+    taps_inside,
     transposed_sizes,
 )
 
@@ -173,10 +173,14 @@ class _Linear(Link):
         """How often a kernel entry is used: once for every position of the output."""
         return here.positions_out
 
+    def seen(self, here: Site) -> Moments:
+        """The moments of the input as the kernel meets it."""
+        return here.moments
+
     def moments_after(self, here: Site) -> Moments:
         # A sum of independent terms: fan_in times the taps that reach it.
         gain = here.squared_row_norm("kernel") * self.uses(here) / here.positions_out
-        after = here.moments * gain
+        after = self.seen(here) * gain
         if here.mean_field and "bias" in here.params:
             after = after.with_mean(here.squared_row_norm("bias"))
         return after
@@ -187,8 +191,8 @@ class _Linear(Link):
         # above has left in `m`. With the papers' gains all of q is variance.
         if role != "kernel":
             return number(here.positions_out)
-        seen = here.moments.variance if here.centred else here.q
-        return self.uses(here) * seen
+        seen = self.seen(here)
+        return self.uses(here) * (seen.variance if here.centred else seen.q)
 
     def m_z(self, here: Site) -> Positive:
         # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by
@@ -301,9 +305,18 @@ class Conv(_Linear):
 
     def uses(self, here: Site) -> float:
         # In the papers a tap on the padding counts like any other.
-        if not here.mean_field or self.padding in ("CIRCULAR", "REFLECT"):
-            return here.positions_out
-        return mean_taps_inside(
+        return self._inside(here)[0] if here.mean_field else here.positions_out
+
+    def seen(self, here: Site) -> Moments:
+        """Near the border fewer taps see the input's mean, so that it varies."""
+        if not here.mean_field:
+            return here.moments
+        return here.moments.with_mean_kept(self._inside(here)[1])
+
+    def _inside(self, here: Site) -> tuple[float, float]:
+        if self.padding in ("CIRCULAR", "REFLECT"):  # these pad with the input itself
+            return here.positions_out, 1.0
+        return taps_inside(
             here.input_shape[:-1],
             here.params["kernel"].shape[:-2],
             here.output_shape[:-1],
