@@ -68,7 +68,7 @@ def measure_layer_scales(
 
     Returns:
       For each layer, in the order of the tree, the scale and its standard error, as
-      float32 scalars. A layer that does not reach the output has scale 1.
+      float32 scalars. The scale of a layer that does not reach the output is infinite.
 
     Raises:
       ValueError: where `num_probes` is below 1, a parameter or an output has no real
@@ -101,7 +101,7 @@ def measure_layer_scales(
         ]
     )
     curvature = samples.mean(0)
-    scales = _reciprocal(curvature)
+    scales = 1 / curvature
     # The error of 1 / c is that of c over c^2.
     spread = jnp.std(samples, axis=0, ddof=1) if probes > 1 else jnp.nan * curvature
     errors = spread / probes**0.5 * jnp.square(scales)
@@ -172,7 +172,7 @@ def _batch_size(outputs: Any) -> int:
 
 
 def _reciprocal(curvature: jax.Array) -> jax.Array:
-    """Scales of curvatures; where there is none, there is no gradient to scale."""
+    """Finite scales; where there is no curvature, there is no gradient to scale."""
     reaches = curvature >= jnp.finfo(jnp.float32).tiny
     safe = jnp.where(jnp.isnan(curvature) | reaches, curvature, 1)
     return 1 / jnp.minimum(safe, jnp.finfo(jnp.float32).max)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax._positive import Positive, evaluate, measured, number
+from backmatch_optax._positive import Positive, magnitudes, measured, number
 
 Gains = Literal["paper", "mean_field"]
 
@@ -121,7 +121,7 @@ def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Po
     if mean_square is not None:
         sizes.append(mean_square / unit)
     if any(size.powers for size in sizes):
-        arrays = evaluate(sizes, jnp.dtype(jnp.float32))
+        arrays = magnitudes(sizes, jnp.dtype(jnp.float32))
         after = [measured(value) for value in _integrals(name, window, *arrays)]
     else:
         static = _static_integrals(

@@ -145,6 +145,16 @@ def evaluate(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
     ]
 
 
+def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
+    """The numbers as scalars of `dtype`, where an infinitesimal is zero."""
+    coefficients = evaluate(values, dtype)
+    orders = (_log_order(value)[1] for value in values)
+    return [
+        jnp.where(order > 0, 0, coefficient).astype(dtype)
+        for order, coefficient in zip(orders, coefficients, strict=True)
+    ]
+
+
 def _logs_as_matrix_product(
     values: Sequence[Positive], dtype: jnp.dtype
 ) -> list[jax.Array]:

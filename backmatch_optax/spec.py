@@ -899,10 +899,9 @@ class Residual(Link):
     def arms(self) -> Mapping[str, Sequence[Link]]:
         return {"branch": self.branch, "shortcut": self.shortcut}
 
-    def moment_after(self, here: Site) -> Positive:
-        branch, shortcut = (
-            _recursion.forward(arm, here.moments) for arm in here.arms.values()
-        )
+    def moments_after(self, here: Site) -> Moments:
+        arms = here.arms.values()
+        branch, shortcut = (_recursion.forward(arm, here.moments) for arm in arms)
         return branch + shortcut
 
     def backward_factor(self, here: Site) -> Positive:

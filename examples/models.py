@@ -1,11 +1,12 @@
-"""The papers' networks in Flax Linen, each with its declared layer chain beside it.
+"""Networks in Flax Linen, each with its declared layer chain beside it.
 
-No biases, a BatchNorm without scale and bias before every ReLU, one dense head (BM 3.3
-and 4): the networks of Zhang, Chen and Liu.
+LeNet and the VGGs are those of Zhang, Chen and Liu (BM 3.3 and 4): no biases, a BatchNorm
+without scale and bias before every ReLU, one dense head. The ResNet is as people use it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -120,6 +121,82 @@ def vgg_spec(depth: int, input_shape: tuple[int, ...] = (32, 32, 3)) -> spec.Lay
     return spec.LayerChain(links, input_shape=input_shape)
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al., 2015)."""
+
+    features: int
+    strides: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Shape (batch, height / strides, width / strides, features)."""
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        strides = (self.strides, self.strides)
+        y = nn.Conv(self.features, (3, 3), strides, use_bias=False)(x)
+        y = nn.relu(norm()(y))
+        y = nn.Conv(self.features, (3, 3), use_bias=False)(y)
+        y = norm(scale_init=nn.initializers.zeros)(y)
+        if x.shape != y.shape:
+            x = nn.Conv(self.features, (1, 1), strides, use_bias=False)(x)
+            x = norm()(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A residual network for 32x32 images, with affine BatchNorms.
+
+    Attributes:
+      blocks: the number of blocks in each stage; a stage halves the image and doubles
+        the features. (2, 2, 2, 2) with 64 features is ResNet-18.
+      num_classes: the number of classes.
+      features: of the first stage.
+    """
+
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    num_classes: int = 10
+    features: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits of a batch of images, shape (batch, classes)."""
+        x = nn.Conv(self.features, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        for stage, count in enumerate(self.blocks):
+            for index in range(count):
+                strides = 2 if stage > 0 and index == 0 else 1
+                x = BasicBlock(self.features * 2**stage, strides)(x, train)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+def resnet_spec(
+    blocks: tuple[int, ...] = (2, 2, 2, 2),
+    input_shape: tuple[int, ...] = (32, 32, 3),
+) -> spec.LayerChain:
+    """The declared chain of `ResNet` with the same blocks, of any width."""
+    relu = spec.Activation("relu")
+    links: list[spec.Link] = [spec.Conv("Conv_0"), spec.BatchNorm("BatchNorm_0"), relu]
+    number = 0
+    for stage, count in enumerate(blocks):
+        for index in range(count):
+            path = f"BasicBlock_{number}"
+            strides = 2 if stage > 0 and index == 0 else 1
+            branch = [
+                spec.Conv(f"{path}/Conv_0", strides=strides),
+                spec.BatchNorm(f"{path}/BatchNorm_0"),
+                relu,
+                spec.Conv(f"{path}/Conv_1"),
+                spec.BatchNorm(f"{path}/BatchNorm_1"),
+            ]
+            shortcut = [
+                spec.Conv(f"{path}/Conv_2", strides=strides),
+                spec.BatchNorm(f"{path}/BatchNorm_2"),
+            ]
+            links += [spec.Residual(branch, shortcut if strides > 1 else ()), relu]
+            number += 1
+    links += [spec.GlobalAvgPool(), spec.Dense("Dense_0")]
+    return spec.LayerChain(links, input_shape=input_shape)
+
+
 class Declared(NamedTuple):
     """A network and its declared chain."""
 
@@ -129,6 +206,9 @@ class Declared(NamedTuple):
 
 MODELS: dict[str, Callable[[int, tuple[int, ...]], Declared]] = {
     "lenet": lambda classes, shape: Declared(LeNet(classes), lenet_spec(shape)),
+    "resnet18": lambda classes, shape: Declared(
+        ResNet(num_classes=classes), resnet_spec(input_shape=shape)
+    ),
     **{
         f"vgg{depth}": lambda classes, shape, depth=depth: Declared(
             VGG(depth, classes), vgg_spec(depth, shape)
