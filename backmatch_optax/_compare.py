@@ -68,8 +68,8 @@ def compare_scales(
     ratio is followed down the chain, and where it changes by more than `tolerance`, and
     by more than chance, the links there are named.
 
-    At initialisation, with `"mean_field"` gains, the two should agree within a factor of
-    about 1.5 for Gaussian input and of 2 to 3 for images; training makes kernels and
+    At initialisation, with `"mean_field"` gains, the two should agree within a factor
+    of about 1.5 for Gaussian input and of 2 to 3 for images; training makes kernels and
     signals less random, and the two part slowly.
 
     Args:
@@ -154,8 +154,8 @@ def _suspects(
 ) -> dict[str, str]:
     """Where the ratio changes from one layer to the next, with the links in between."""
     owners = [index for index, site in enumerate(sites) if site.params]
-    # Not the scale and bias of a normalisation: they act alike at all positions, so that
-    # cotangents which agree there, as below a GlobalAvgPool, add up.
+    # Not the scale and bias of a normalisation: they act alike at all positions, so
+    # cotangents that agree there, as below a GlobalAvgPool, add up.
     reached = [
         (path, index)
         for (path, ratio), index in zip(ratios.items(), owners, strict=True)
@@ -171,8 +171,12 @@ def _suspects(
             suspects[lower] = (
                 f"{change:.2g} times the ratio of {upper!r}: check {between}"
             )
-    for top, last in reached[-1:]:
+    # Above the topmost layer nothing can hide an error, nor below it in its input.
+    for top, _ in reached[-1:]:
         if max(ratios[top], 1 / ratios[top]) > tolerance:
-            after = ", ".join(repr(site.link) for site in sites[last:])
-            suspects[top] = f"{ratios[top]:.2g} times the measured scale: check {after}"
+            first = reached[-2][1] if len(reached) > 1 else 0
+            around = ", ".join(repr(site.link) for site in sites[first:])
+            suspects[top] = (
+                f"{ratios[top]:.2g} times the measured scale: check {around}"
+            )
     return suspects

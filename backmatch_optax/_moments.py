@@ -1,10 +1,11 @@
 """The moments of a signal, and what a nonlinearity does to them.
 
 With the papers' gains only the second moment `q` is known, and a nonlinearity leaves
-it alone. With mean-field gains a unit's pre-activation is Gaussian: over units,
-its mean is Gaussian of moment `mean_square`, and about that mean it varies with
-`variance`. The two are kept apart because a BatchNorm removes the one and divides by
-the other.
+it alone. With mean-field gains a unit's pre-activation is Gaussian: over inputs
+and positions it has a `variance` about its mean, and over units those means have a
+`spread` about an `offset` common to all. They are kept apart because a BatchNorm
+divides by the first and removes the others, a random kernel keeps their squares but no common
+sign, and a shortcut keeps the sign too.
 """
 
 from __future__ import annotations
@@ -45,31 +46,49 @@ class Moments:
     """Moments of a signal over units, positions and inputs; all in units squared."""
 
     variance: Positive  # of a unit about its mean
-    mean_square: Positive | None = None  # of the units' means; None is exactly zero
+    spread: Positive | None = None  # of the units' means about theirs; None is zero
+    offset: Positive | None = None  # square of the mean of all units; None is zero
     activated: Activated | None = None
+
+    @property
+    def mean_square(self) -> Positive | None:
+        """The mean square of the units' means."""
+        return _sum_of_known(self.spread, self.offset)
 
     @property
     def q(self) -> Positive:
         """The second moment."""
-        if self.mean_square is None:
-            return self.variance
-        return self.mean_square + self.variance
+        mean = self.mean_square
+        return self.variance if mean is None else self.variance + mean
 
     def __mul__(self, factor: Positive | float) -> Moments:
         """The moments of a signal whose square is `factor` times as large."""
-        mean = None if self.mean_square is None else self.mean_square * factor
-        return Moments(self.variance * factor, mean)
+        return Moments(
+            self.variance * factor,
+            None if self.spread is None else self.spread * factor,
+            None if self.offset is None else self.offset * factor,
+        )
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of the sum of two unrelated signals."""
+        """The moments of the sum of two unrelated signals; their offsets add up."""
+        offset = _sum_of_known(
+            None if self.offset is None else self.offset**0.5,
+            None if other.offset is None else other.offset**0.5,
+        )
         return Moments(
             self.variance + other.variance,
-            _sum_of_known(self.mean_square, other.mean_square),
+            _sum_of_known(self.spread, other.spread),
+            None if offset is None else offset**2,
         )
+
+    def mixed(self, gain: Positive | float) -> Moments:
+        """The moments after a random linear map: its units' means have either sign."""
+        mean = self.mean_square
+        return Moments(self.variance * gain, None if mean is None else mean * gain)
 
     def averaged(self, window: int) -> Moments:
         """The moments of the mean of `window` values, independent about their mean."""
-        return Moments(self.variance / window, self.mean_square)
+        return Moments(self.variance / window, self.spread, self.offset)
 
     def with_mean_kept(self, share: float) -> Moments:
         """The moments when of the units' means only a share stays a mean."""
@@ -80,9 +99,13 @@ class Moments:
             return Moments(self.variance + mean)
         return Moments(self.variance + mean * (1.0 - share), mean * share)
 
-    def with_mean(self, mean_square: Positive) -> Moments:
-        """The same with the square of a constant for each unit added."""
-        return Moments(self.variance, _sum_of_known(self.mean_square, mean_square))
+    def with_spread(self, spread: Positive) -> Moments:
+        """The same with a constant of that mean square added to each unit."""
+        return Moments(self.variance, _sum_of_known(self.spread, spread), self.offset)
+
+    def without_offset(self) -> Moments:
+        """The same with the mean of all units taken away."""
+        return Moments(self.variance, self.spread)
 
 
 def _sum_of_known(left: Positive | None, right: Positive | None) -> Positive | None:
@@ -110,48 +133,46 @@ def after_max_pool(before: Moments, window: int) -> tuple[Moments, Positive]:
     name, inner = before.activated or Activated("identity", before)
     _, alone = _after_maximum(name, inner, 1)
     after, gain = _after_maximum(name, inner, window)
-    return Moments(after.variance, after.mean_square), gain / alone
+    return dataclasses.replace(after, activated=None), gain / alone
 
 
 def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive]:
     """Moments of `phi` of the largest of `window` values, and `E phi'^2` there."""
     unit = before.q if name in _HOMOGENEOUS else number(1.0)
-    mean_square = before.mean_square
-    sizes = [before.variance / unit]
-    if mean_square is not None:
-        sizes.append(mean_square / unit)
-    if any(size.powers for size in sizes):
-        arrays = magnitudes(sizes, jnp.dtype(jnp.float32))
-        after = [measured(value) for value in _integrals(name, window, *arrays)]
+    parts = (before.variance, before.spread, before.offset)
+    sizes = [None if part is None else part / unit for part in parts]
+    known = [size for size in sizes if size is not None]
+    if any(size.powers for size in known):
+        arrays = iter(magnitudes(known, jnp.dtype(jnp.float32)))
+        values = (jnp.float32(0) if size is None else next(arrays) for size in sizes)
+        after = [measured(value) for value in _integrals(name, window, *values)]
     else:
-        static = _static_integrals(
-            name, window, *(math.exp(size.log_constant) for size in sizes)
-        )
+        figures = (0.0 if s is None else math.exp(s.log_constant) for s in sizes)
+        static = _static_integrals(name, window, *figures)
         after = [None if value < _NOTHING else number(value) for value in static]
-    after_mean, after_variance, gain = after
-    if after_variance is None or gain is None:
+    variance, spread, offset, gain = after
+    if variance is None or gain is None:
         raise ValueError(f"{name!r} passes on neither signal nor gradient")
-    moments = Moments(
-        after_variance * unit, after_mean and after_mean * unit, Activated(name, before)
-    )
-    return moments, gain
+    moments = Moments(variance, spread, offset) * unit
+    return dataclasses.replace(moments, activated=Activated(name, before)), gain
 
 
 @functools.lru_cache
 def _static_integrals(
-    name: str, window: int, variance: float, mean_square: float = 0.0
-) -> tuple[float, float, float]:
+    name: str, window: int, variance: float, spread: float, offset: float
+) -> tuple[float, ...]:
     """`_integrals` of numbers, in closed form where there is one."""
-    if name in _HOMOGENEOUS and window == 1:
+    if name in _HOMOGENEOUS and window == 1 and not offset:
         slope = {"identity": 1.0, "leaky_relu": 0.01, "relu": 0.0}[name]
-        q = variance + mean_square
+        q = variance + spread
         gain = (1.0 + slope**2) / 2.0
-        after_mean = (1.0 + slope**2) * _relu_kernel(q, mean_square / q)
-        after_mean -= 2.0 * slope * _relu_kernel(q, -mean_square / q)
-        return after_mean, gain * q - after_mean, gain
+        mean_square = (1.0 + slope**2) * _relu_kernel(q, spread / q)
+        mean_square -= 2.0 * slope * _relu_kernel(q, -spread / q)
+        offset = (1.0 - slope) ** 2 * q / (2 * math.pi)
+        return gain * q - mean_square, mean_square - offset, offset, gain
     with jax.ensure_compile_time_eval():
         values = _integrals(
-            name, window, jnp.float32(variance), jnp.float32(mean_square)
+            name, window, *(jnp.float32(value) for value in (variance, spread, offset))
         )
         return tuple(map(float, values))
 
@@ -163,20 +184,26 @@ def _relu_kernel(q: float, correlation: float) -> float:
 
 
 def _integrals(
-    name: str, window: int, variance: jax.Array, mean_square: jax.typing.ArrayLike = 0.0
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean square of the units' means, variance about them, and `E phi'^2`."""
+    name: str, window: int, variance: jax.Array, spread: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Variance, spread and offset of the outputs, and `E phi'^2`."""
     # The largest of n independent variables has their distribution to the power n.
     largest = np.diff(np.cumsum(_DENSITY) ** window, prepend=0.0)
     density, largest, nodes = (
         jnp.asarray(array, jnp.float32) for array in (_DENSITY, largest, _NODES)
     )
-    means = jnp.sqrt(mean_square) * nodes
+    means = jnp.sqrt(offset) + jnp.sqrt(spread) * nodes
     values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]
     phi = activation(name)
     outputs = phi(values)
     # Elementwise, so that one product with ones is the derivative of each.
     _, slopes = jax.jvp(phi, (values,), (jnp.ones_like(values),))
-    mean_after = density @ (outputs @ largest) ** 2
-    total = density @ (outputs**2 @ largest)
-    return mean_after, total - mean_after, density @ (slopes**2 @ largest)
+    unit_means = outputs @ largest
+    common = density @ unit_means
+    deviations = outputs - unit_means[:, None]
+    return (
+        density @ (deviations**2 @ largest),
+        density @ (unit_means - common) ** 2,
+        common**2,
+        density @ (slopes**2 @ largest),
+    )

@@ -7,7 +7,7 @@ is kept as
 
     exp(log_constant) * atom_1**p_1 * atom_2**p_2 * ...
 
-with a Python float for everything static and integer powers of the measured norms.
+with a Python float for everything static and static powers of the measured norms.
 Multiplying adds powers, dividing subtracts them, and a norm that cancels is gone before
 any floating-point operation is traced. Between two normalised layers that is every norm
 but two, whatever the depth.
@@ -44,14 +44,14 @@ class Atom:
 
 
 class Positive:
-    """A positive number: a static constant times integer powers of atoms."""
+    """A positive number: a static constant times powers of atoms."""
 
     __slots__ = ("log_constant", "powers")
 
     def __init__(
         self,
         log_constant: float = 0.0,
-        powers: Mapping[Atom, int] = MappingProxyType({}),
+        powers: Mapping[Atom, float] = MappingProxyType({}),
     ):
         self.log_constant = log_constant
         self.powers = powers
@@ -67,6 +67,10 @@ class Positive:
 
     def __rtruediv__(self, other: float) -> Positive:
         return number(other) / self
+
+    def __pow__(self, exponent: float) -> Positive:
+        powers = {atom: exponent * power for atom, power in self.powers.items()}
+        return Positive(exponent * self.log_constant, powers)
 
     def _times_power(self, other: Positive | float, sign: int) -> Positive:
         if not isinstance(other, Positive):

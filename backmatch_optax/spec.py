@@ -180,9 +180,9 @@ class _Linear(Link):
     def moments_after(self, here: Site) -> Moments:
         # A sum of independent terms: fan_in times the taps that reach it.
         gain = here.squared_row_norm("kernel") * self.uses(here) / here.positions_out
-        after = self.seen(here) * gain
+        after = self.seen(here).mixed(gain)
         if here.mean_field and "bias" in here.params:
-            after = after.with_mean(here.squared_row_norm("bias"))
+            after = after.with_spread(here.squared_row_norm("bias"))
         return after
 
     def m_W(self, here: Site, role: str) -> Positive:
@@ -403,8 +403,8 @@ class _Normalisation(Link):
         return input_shape
 
     def divisor(self, here: Site) -> Positive:
-        """What the signal's square is divided by."""
-        return here.q
+        """What the signal's square is divided by: its variance over units."""
+        return here.moments.without_offset().q
 
     def centres(self, centred: bool) -> bool:
         del centred
@@ -416,12 +416,12 @@ class _Normalisation(Link):
             return moments
         bias = here.squared_row_norm("bias")
         if here.mean_field:
-            return moments.with_mean(bias)
+            return moments.with_spread(bias)
         return Moments(moments.variance + bias)
 
     def normalised(self, here: Site) -> Moments:
         """Moments before scale and bias."""
-        return here.moments * (1.0 / self.divisor(here))
+        return here.moments.without_offset() * (1.0 / self.divisor(here))
 
     def m_W(self, here: Site, role: str) -> Positive:
         # Each entry acts at every position: the scale on a signal of moment 1, the bias
@@ -529,6 +529,12 @@ class RMSNorm(_Normalisation):
     path: str | None = None
 
     roles = ("scale",)
+
+    def divisor(self, here: Site) -> Positive:
+        return here.q
+
+    def normalised(self, here: Site) -> Moments:
+        return here.moments * (1.0 / here.q)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
