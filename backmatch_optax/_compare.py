@@ -34,6 +34,7 @@ class ScaleComparison(NamedTuple):
     suspects: dict[str, str]  # what looks wrong, by the layer where the ratio changes
 
     def __str__(self) -> str:
+        rows: list[tuple[str, ...]]
         rows = [("layer", "declared", "measured", "+-", "ratio", "")]
         for path, ratio in self.ratios.items():
             figures = (self.declared[path], self.measured[path])

@@ -148,7 +148,7 @@ def _probe(
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         layer = layer_of(text(key_path))
         total = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-        totals[layer] = totals.get(layer, jnp.float32(0)) + total
+        totals[layer] = total + totals.get(layer, 0.0)
     sizes = layer_sizes(params, layer_of)
     return jnp.stack([totals[layer] / (size * batch) for layer, size in sizes.items()])
 
@@ -181,7 +181,7 @@ def _reciprocal(curvature: jax.Array) -> jax.Array:
 class ScaleByMeasuredBackmatchState(NamedTuple):
     """State of `scale_by_measured_backmatch`."""
 
-    count: jax.Array  # steps taken; shape=(), dtype=jnp.int32
+    steps: jax.Array  # taken so far; shape=(), dtype=jnp.int32
     key: jax.Array  # of the next probe; a typed key, shape=()
     curvatures: jax.Array  # running sums, by layer; shape=(layers,), dtype=jnp.float32
     layer_scales: jax.Array  # those applied last; shape=(layers,), dtype=jnp.float32
@@ -250,7 +250,7 @@ def scale_by_measured_backmatch(
     def init_fn(params: optax.Params) -> ScaleByMeasuredBackmatchState:
         layers = len(layer_sizes(params, layer_of))
         return ScaleByMeasuredBackmatchState(
-            count=jnp.zeros((), jnp.int32),
+            steps=jnp.zeros((), jnp.int32),
             key=jax.random.fold_in(key, 0),  # a new array: the state may be donated
             curvatures=jnp.zeros((layers,), jnp.float32),
             layer_scales=jnp.ones((layers,), jnp.float32),
@@ -258,7 +258,7 @@ def scale_by_measured_backmatch(
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: Any,
         params: optax.Params | None = None,
         *,
         outputs_fn: Callable[[optax.Params], Any] | None = None,
@@ -272,7 +272,6 @@ def scale_by_measured_backmatch(
                 "call update(updates, state, params, outputs_fn=lambda params: "
                 f"outputs), but {missing} is None"
             )
-        assert isinstance(state, ScaleByMeasuredBackmatchState)
         sizes = layer_sizes(params, layer_of)
         if not sizes:
             return updates, state
@@ -281,20 +280,20 @@ def scale_by_measured_backmatch(
             next_key, probe_key = jax.random.split(state.key)
             sample = _probe(outputs_fn, layer_of, params, (), probe_key)
             curvatures = decay * state.curvatures + (1 - decay) * sample
-            refreshes = state.count // refresh_every + 1
+            refreshes = state.steps // refresh_every + 1
             average = curvatures / (1 - jnp.power(decay, refreshes))
             return state._replace(
                 key=next_key, curvatures=curvatures, layer_scales=_reciprocal(average)
             )
 
         state = jax.lax.cond(
-            state.count % refresh_every == 0, refresh, lambda state: state, state
+            state.steps % refresh_every == 0, refresh, lambda state: state, state
         )
         of_layer = dict(zip(sizes, state.layer_scales, strict=True))
         scaled_updates = jax.tree_util.tree_map_with_path(
             lambda key_path, update: scaled(update, of_layer[layer_of(text(key_path))]),
             updates,
         )
-        return scaled_updates, state._replace(count=optax.safe_increment(state.count))
+        return scaled_updates, state._replace(steps=optax.safe_increment(state.steps))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,11 +1,11 @@
 """The moments of a signal, and what a nonlinearity does to them.
 
 With the papers' gains only the second moment `q` is known, and a nonlinearity leaves
-it alone. With mean-field gains a unit's pre-activation is Gaussian: over inputs
-and positions it has a `variance` about its mean, and over units those means have a
-`spread` about an `offset` common to all. They are kept apart because a BatchNorm
-divides by the first and removes the others, a random kernel keeps their squares but no common
-sign, and a shortcut keeps the sign too.
+it alone. With mean-field gains a unit's pre-activation is Gaussian: over inputs and
+positions it has a `variance` about its mean, and over units those means have a `spread`
+about an `offset` common to all. They are kept apart because a BatchNorm divides by the
+first and removes the others, a random kernel keeps their squares but no common sign,
+and a shortcut keeps the sign too.
 """
 
 from __future__ import annotations

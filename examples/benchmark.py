@@ -95,7 +95,8 @@ def measure(params: Any, chain: spec.LayerChain, rounds: int) -> dict[str, dict]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table as Markdown."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.benchmark", description=__doc__.splitlines()[0]
+        prog="python -m examples.benchmark",
+        description="What one optimizer update costs.",
     )
     parser.add_argument("--rounds", type=int, default=200, help="updates timed of each")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))

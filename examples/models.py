@@ -1,7 +1,8 @@
 """Networks in Flax Linen, each with its declared layer chain beside it.
 
-LeNet and the VGGs are those of Zhang, Chen and Liu (BM 3.3 and 4): no biases, a BatchNorm
-without scale and bias before every ReLU, one dense head. The ResNet is as people use it.
+LeNet and the VGGs are those of Zhang, Chen and Liu (BM 3.3 and 4): no biases, a
+BatchNorm without scale and bias before every ReLU, one dense head. The ResNet is as
+people use it.
 """
 
 from __future__ import annotations

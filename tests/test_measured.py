@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -158,7 +159,7 @@ def conv_net():
     variables = ConvNet().init(jax.random.key(2), x)
 
     def fn(params, x):
-        variables_now = variables | {"params": params}
+        variables_now = {**variables, "params": params}
         return ConvNet().apply(variables_now, x, mutable=["batch_stats"])[0]
 
     return fn, variables["params"], x
@@ -346,7 +347,7 @@ def test_a_shortcut_keeps_the_sign_of_a_mean():
     np.testing.assert_allclose(figures, expected, rtol=0.03)
 
 
-def step(tx, params, x, y, state=None):
+def step(tx, params: Any, x, y, state: Any = None) -> tuple[Any, Any, Any, Any]:
     def loss(params):
         return jnp.mean((mlp(params, x) - y) ** 2)
 
@@ -363,7 +364,7 @@ def test_training_with_measured_scales_multiplies_by_them():
     x = jax.random.normal(jax.random.key(1), (16, 8))
     tx = bmo.scale_by_measured_backmatch(key=KEY)
     _, state, updates, gradient = step(tx, params, x, jnp.ones((16, 4)))
-    scales = optax.tree.get(state, "layer_scales")
+    scales: Any = optax.tree.get(state, "layer_scales")
     for index, name in enumerate(params):
         expected = gradient[name]["kernel"] * scales[index]
         np.testing.assert_allclose(updates[name]["kernel"], expected, rtol=1e-5)
@@ -403,7 +404,7 @@ def test_measured_training_is_jittable_donatable_and_learns():
         params, state, loss = train_step(params, state, x, y)
         losses.append(float(loss))
     assert losses[-1] < 0.2 * losses[0]
-    assert optax.tree.get(tx.init(params), "count") == 0  # the key was not donated
+    assert optax.tree.get(tx.init(params), "steps") == 0  # the key was not donated
 
 
 @pytest.mark.parametrize(
