@@ -11,6 +11,7 @@ from backmatch_optax import spec
 from backmatch_optax._alias import backmatch_sgd
 from backmatch_optax._compare import ScaleComparison, compare_scales
 from backmatch_optax._describe import describe
+from backmatch_optax._infer import infer_spec
 from backmatch_optax._layer_scales import layer_scales
 from backmatch_optax._locate import check_spec
 from backmatch_optax._measure import (
@@ -36,6 +37,7 @@ __all__ = [
     "check_spec",
     "compare_scales",
     "describe",
+    "infer_spec",
     "layer_scales",
     "measure_layer_scales",
     "scale_by_backmatch",

@@ -10,7 +10,7 @@ import optax
 
 from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
-from backmatch_optax._layer_scales import walk
+from backmatch_optax._layer_scales import MIN_SQUARED_NORM, walk
 from backmatch_optax._locate import Unlisted
 from backmatch_optax._moments import Gains
 from backmatch_optax._positive import Positive, evaluate
@@ -83,7 +83,7 @@ def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
         scale = kernel = ""
         if site.params:
             role = next(iter(site.params))
-            scale = _figure(_recursion.scale(site, role))
+            scale = _figure(_recursion.scale(site, role), MIN_SQUARED_NORM)
             if link.owns_subtree:
                 kernel = f"{len(jax.tree.leaves(site.params))} arrays"
             else:
@@ -103,6 +103,6 @@ def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
             yield from _rows(chain, depth + 2)
 
 
-def _figure(value: Positive) -> str:
-    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32))
+def _figure(value: Positive, floor: float = 0.0) -> str:
+    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32), floor=floor)
     return f"{float(evaluated):.4g}"

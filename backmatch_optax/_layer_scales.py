@@ -17,6 +17,13 @@ from backmatch_optax._param_paths import join
 from backmatch_optax._positive import Positive, evaluate, number
 from backmatch_optax._site import Site
 
+# A measured norm below this counts as this much where a scale divides by it; 1 is a
+# kernel or a BatchNorm that keeps its signal's size. It matters where training starts
+# from zeros, a zero-initialised head or last BatchNorm of a residual branch: what lies
+# behind is scaled by the norm's reciprocal while its gradient grows with the norm's
+# root, so that the second step would throw it far away.
+MIN_SQUARED_NORM = 0.1
+
 
 def layer_scales(
     params: optax.Params,
@@ -55,9 +62,14 @@ def layer_scales(
       since it meets a constant instead of the layer's input. The dtype is float32, or
       float64 where a declared parameter is.
 
-      A kernel of zeros counts as one that passes the signal on as it is, and what has
-      overflowed float32 counts as its largest number. NaN in a parameter is NaN in the
-      scales it enters.
+      Where a scale divides by a kernel's `||W||^2_{2,mu}` (BM 3.1; by the mean square
+      of a normalisation's scale), it divides by no less than 0.1: so that a network
+      with a zero-initialised head, or a zero-initialised BatchNorm at the end of a
+      residual branch, learns. Where a norm cancels, as that of every kernel below a
+      BatchNorm does, there is no such bound. A kernel of zeros below a BatchNorm counts
+      as one that keeps its signal's size, so that it can move. What has overflowed
+      float32 counts as its largest number, and NaN in a parameter is NaN in the scales
+      it enters.
 
     Raises:
       ValueError: where the chain does not fit the parameters, see `check_spec`, or
@@ -92,8 +104,8 @@ def walk(
         site.mean_field = gains == "mean_field"
     # The input counts as whitened, and the derivative of the loss with respect to the
     # network's output as the wanted change of it (BM 3.2).
-    _recursion.forward(sites, Moments(number(1.0)))
     _recursion.mark_centred(sites)
+    _recursion.forward(sites, Moments(number(1.0)))
     _recursion.backward(sites, number(1.0))
     return sites
 
@@ -135,7 +147,7 @@ def scale_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
         for role in site.params:
             numbers[join(link.path, role)] = _recursion.scale(site, role)
     dtype = jnp.result_type(jnp.float32, *leaves)
-    values = evaluate(list(numbers.values()), dtype)
+    values = evaluate(list(numbers.values()), dtype, floor=MIN_SQUARED_NORM)
     return dict(zip(numbers, values, strict=True))
 
 

@@ -97,7 +97,9 @@ def _locate_links(
             for arm, chain in link.arms.items()
         }
         with _naming(name, f"{source} has shape {shape}"):
-            shapes = {role: jnp.shape(leaf) for role, leaf in params.items()}
+            # A Block's parameters are nested, and it declares its output itself.
+            leaves = {} if link.owns_subtree else params
+            shapes = {role: jnp.shape(leaf) for role, leaf in leaves.items()}
             after = _arms_shape(arms, shape) or link.shape_after(shape, shapes)
         sites.append(Site(link, label, shape, after, params, arms))
         shape, source = after, f"the output of {name}"

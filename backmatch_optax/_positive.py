@@ -131,15 +131,18 @@ def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(log), jnp.asarray(order)
 
 
-def evaluate(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
+def evaluate(
+    values: Sequence[Positive], dtype: jnp.dtype, *, floor: float = 0.0
+) -> list[jax.Array]:
     """The numbers as finite scalars of `dtype`, within its normal range.
 
-    Of an infinitesimal or its reciprocal the coefficient is returned (see `Atom`).
+    Of an infinitesimal or its reciprocal the coefficient is returned (see `Atom`). A
+    measured number below `floor` counts as `floor` where it is divided by.
     """
     if sum(len(value.powers) for value in values) <= _MAX_TERMS_EACH * len(values):
-        logs = [_log_order(value)[0] for value in values]
+        logs = [_floored_log(value, floor) for value in values]
     else:
-        logs = _logs_as_matrix_product(values, dtype)
+        logs = _logs_as_matrix_product(values, dtype, floor)
     limits = jnp.finfo(dtype)
     lowest, highest = math.log(limits.tiny), math.log(limits.max)
     # Half a unit inside, so that rounding in `exp` cannot leave the range.
@@ -159,23 +162,42 @@ def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
     ]
 
 
+def _raised(atom: Atom, floor: float) -> jax.Array:
+    """The log of an atom, no less than that of the floor."""
+    if not floor:
+        return atom.log
+    lowest = math.log(floor)
+    return jnp.where(atom.order > 0, lowest, jnp.maximum(atom.log, lowest))
+
+
+def _floored_log(value: Positive, floor: float) -> jax.Array | float:
+    terms = (
+        power * (atom.log if power > 0 else _raised(atom, floor))
+        for atom, power in value.powers.items()
+    )
+    return sum(terms, value.log_constant)
+
+
 def _logs_as_matrix_product(
-    values: Sequence[Positive], dtype: jnp.dtype
+    values: Sequence[Positive], dtype: jnp.dtype, floor: float
 ) -> list[jax.Array]:
     """All logs as `powers @ atom_logs + constants`, for numbers of many terms."""
-    column: dict[Atom, int] = {}
+    column: dict[tuple[Atom, bool], int] = {}
     for value in values:
-        for atom in value.powers:
-            column.setdefault(atom, len(column))
+        for atom, power in value.powers.items():
+            column.setdefault((atom, power > 0), len(column))
     powers = np.zeros((len(values), len(column)), dtype)
     for row, value in enumerate(values):
         for atom, power in value.powers.items():
-            powers[row, column[atom]] = power
+            powers[row, column[atom, power > 0]] = power
     constants = np.asarray([value.log_constant for value in values], dtype)
     # The barriers keep XLA from fusing each norm into every consumer of the vector,
     # which makes compilation quadratic in depth.
+    atoms = [
+        atom.log if positive else _raised(atom, floor) for atom, positive in column
+    ]
     atoms = jnp.stack(
-        [jax.lax.optimization_barrier(atom.log).astype(dtype) for atom in column]
+        [jax.lax.optimization_barrier(atom).astype(dtype) for atom in atoms]
     )
     atoms = jax.lax.optimization_barrier(atoms)
     logs = jnp.dot(powers, atoms, precision=jax.lax.Precision.HIGHEST) + constants

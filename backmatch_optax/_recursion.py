@@ -29,7 +29,7 @@ def backward(sites: Sequence[Site], m: Positive) -> Positive:
     return m
 
 
-def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
+def mark_centred(sites: Sequence[Site], centred: bool = False) -> None:
     """Marks the sites whose cotangents sum to zero over the batch, for every unit.
 
     A BatchNorm takes the mean away from what passes back as it does forward, and linear
@@ -37,9 +37,9 @@ def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
     """
     for site in reversed(sites):
         site.centred = centred
-        below = [mark_centred(arm, centred) for arm in site.arms.values()]
-        centred = all(below) if below else site.link.centres(centred)
-    return centred
+        for arm in site.arms.values():
+            mark_centred(arm, centred)
+        centred = site.link.centres(centred)
 
 
 def scale(site: Site, role: str) -> Positive:

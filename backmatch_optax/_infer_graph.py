@@ -1,0 +1,499 @@
+"""A traced function as a graph of values, and what a piece of that graph computes.
+
+Two things are read off a jaxpr here: who depends on whom, with every call inlined, so
+that it does not matter which parts of a model are compiled or rematerialised, or were
+traced before; and what an elementwise or normalising piece does, by evaluating it on a
+few sample values. A piece is known by what it computes, not by how it is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.extend as jex
+import numpy as np
+from jax.extend.source_info_util import summarize
+
+# Primitives that are calls: their body takes the equation's place. A custom_jvp is one
+# of them, as jax.nn defines its activations with it; a custom_vjp is not: its
+# derivative need not be the one of its body.
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "call", "custom_jvp_call"}
+_CALLS |= {"remat", "remat2", "checkpoint"}
+# Primitives that hand on what they are given.
+_ALIASES = {"copy", "copy_p", "device_put", "name", "optimization_barrier"}
+_ALIASES |= {"reduce_precision", "reshard", "sharding_constraint"}
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """A value of the traced function.
+
+    Attributes:
+      op: the primitive that computes it, or what kind of leaf it is.
+      operands: what it is computed from.
+      options: the primitive's parameters.
+      shape: its shape.
+      dtype: its dtype.
+      origins: the kinds of leaves it depends on.
+      scope: the name stack it was traced under.
+      source: the line of code it comes from.
+      path: of a leaf, its path among the parameters or other variables.
+      value: of a constant, its value if that is the same everywhere.
+      dominator: the last value that all paths from the input to it pass through; None
+        where the input does not reach it.
+      depth: how many dominators there are above.
+    """
+
+    op: str
+    operands: tuple[Node, ...] = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+    origins: frozenset[str] = frozenset()
+    scope: str = ""
+    source: str = ""
+    path: str = ""
+    value: Any = None
+    dominator: Node | None = None
+    depth: int = 0
+
+    @property
+    def flows(self) -> bool:
+        """Whether it depends on the input."""
+        return "input" in self.origins
+
+    @property
+    def flow(self) -> tuple[Node, ...]:
+        """Those of its operands that depend on the input."""
+        return tuple(operand for operand in self.operands if operand.flows)
+
+    def dominators(self) -> Iterator[Node]:
+        """The values that all paths to it pass through, nearest first."""
+        node = self.dominator
+        while node is not None:
+            yield node
+            node = node.dominator
+
+
+def leaf(kind: str, path: str, shape: tuple[int, ...], dtype: Any) -> Node:
+    """An argument: `"input"`, `"param"`, `"state"` or `"random"`."""
+    return Node(kind, shape=shape, dtype=dtype, path=path, origins=frozenset({kind}))
+
+
+def read(closed: jex.core.ClosedJaxpr, arguments: Sequence[Node]) -> list[Node]:
+    """The outputs of a jaxpr as nodes; inputs get a common dominator."""
+    everything = Node("inputs")
+    for argument in arguments:
+        if argument.flows:
+            argument.dominator, argument.depth = everything, 1
+    return _read(closed.jaxpr, closed.consts, arguments, "", "")
+
+
+def _read(
+    jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node], scope: str, code: str
+) -> list[Node]:
+    env = dict(zip(jaxpr.invars, arguments, strict=True))
+    env |= {
+        variable: _constant(value)
+        for variable, value in zip(jaxpr.constvars, consts, strict=True)
+    }
+
+    def look_up(atom: Any) -> Node:
+        literal = isinstance(atom, jex.core.Literal)
+        return _constant(atom.val) if literal else env[atom]
+
+    for eqn in jaxpr.eqns:
+        op = eqn.primitive.name
+        operands = tuple(map(look_up, eqn.invars))
+        within = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
+        line = _line(eqn) or code
+        if op in _CALLS:
+            body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+            inner = getattr(body, "jaxpr", body)
+            consts = getattr(body, "consts", ())
+            results = _read(inner, consts, operands, within, line)
+        elif op in _ALIASES or _is_harmless(op, operands, eqn):
+            results = operands[: len(eqn.outvars)]
+        elif (part := _unstacked(op, operands, eqn.params)) is not None:
+            results = [part]
+        else:
+            results = [
+                _node(op, operands, eqn.params, variable.aval, within, line)
+                for variable in eqn.outvars
+            ]
+        env.update(zip(eqn.outvars, results, strict=True))
+    return list(map(look_up, jaxpr.outvars))
+
+
+def _line(eqn: Any) -> str:
+    """Where in the code an equation comes from; empty inside of JAX's own functions."""
+    text = summarize(eqn.source_info)
+    return text if ":" in text else ""
+
+
+def _is_harmless(op: str, operands: Sequence[Node], eqn: Any) -> bool:
+    if op == "psum":  # over named axes, which are traced with one device each
+        return all(isinstance(axis, str) for axis in eqn.params["axes"])
+    if op == "div":
+        return operands[1].value == 1 and operands[0].shape == eqn.outvars[0].aval.shape
+    if op != "convert_element_type":
+        return False
+    kinds = [np.dtype(operands[0].dtype).kind, np.dtype(eqn.params["new_dtype"]).kind]
+    # To an integer it rounds; bfloat16 and its like are of kind V to NumPy.
+    return kinds[1] not in "iub" or kinds[0] in "iub"
+
+
+def _unstacked(
+    op: str, operands: Sequence[Node], options: Mapping[str, Any]
+) -> Node | None:
+    """What was stacked before, as Flax stacks statistics to average them at once."""
+    taken = operands[0] if op == "squeeze" else None
+    stack = taken.operands[0] if taken is not None and taken.op == "slice" else None
+    if taken is None or stack is None or stack.op != "stack":
+        return None
+    axis, index = stack.options["axis"], taken.options["start_indices"]
+    one = (*stack.shape[:axis], 1, *stack.shape[axis + 1 :])
+    if tuple(options["dimensions"]) != (axis,) or taken.shape != one:
+        return None
+    return stack.operands[index[axis]]
+
+
+def _node(
+    op: str,
+    operands: tuple[Node, ...],
+    options: Mapping[str, Any],
+    aval: Any,
+    scope: str,
+    source: str,
+) -> Node:
+    origins = frozenset().union(*(operand.origins for operand in operands))
+    if op.startswith(("random_", "rng_", "threefry")):
+        origins = frozenset({"random"})  # whatever key and counter it comes from
+    elif op == "iota":
+        origins |= {"array"}
+    shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
+    node = Node(op, operands, options, shape, dtype, origins, scope, source)
+    common: Node | None = None
+    for operand in node.flow:
+        common = operand if common is None else _common_dominator(common, operand)
+    if common is not None:
+        node.dominator, node.depth = common, common.depth + 1
+    return node
+
+
+def _common_dominator(a: Node, b: Node) -> Node:
+    while a is not b:
+        if a.depth < b.depth:
+            a, b = b, a
+        assert a.dominator is not None
+        a = a.dominator
+    return a
+
+
+def _constant(value: Any) -> Node:
+    shape = np.shape(value)
+    dtype = value.dtype if hasattr(value, "dtype") else np.result_type(type(value))
+    if not isinstance(dtype, np.dtype):  # a random key
+        return Node("constant", shape=shape, dtype=dtype, origins=frozenset({"random"}))
+    array = np.asarray(value)
+    if array.size != 1 and (not array.size or (array != array.flat[0]).any()):
+        return Node("constant", shape=shape, dtype=dtype, origins=frozenset({"array"}))
+    return Node("constant", shape=shape, dtype=dtype, value=array.flat[0])
+
+
+# --- What a piece of the graph computes ----------------------------------------------
+
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "add": np.add,
+    "add_any": np.add,
+    "and": np.logical_and,
+    "cbrt": np.cbrt,
+    "clamp": lambda low, x, high: np.clip(x, low, high),
+    "convert_element_type": np.trunc,  # only those that round are left
+    "cos": np.cos,
+    "div": np.divide,
+    "eq": np.equal,
+    "erf": np.vectorize(math.erf, otypes=[float]),
+    "erfc": np.vectorize(math.erfc, otypes=[float]),
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "expm1": np.expm1,
+    "floor": np.floor,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "is_finite": np.isfinite,
+    "le": np.less_equal,
+    "log": np.log,
+    "log1p": np.log1p,
+    "logistic": lambda x: 1 / (1 + np.exp(-x)),
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.logical_not,
+    "or": np.logical_or,
+    "pow": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "select_n": lambda which, *cases: np.choose(np.asarray(which, int), cases),
+    "sign": np.sign,
+    "sin": np.sin,
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+    "tanh": np.tanh,
+}
+
+# What stands for a signal, one population in each row: the range where activations
+# bend, and large values, so that the epsilon of a normalisation does not matter. Two
+# populations, as one statistic looks like another where there is only one.
+_BENDING = np.linspace(-9.0, 10.0, 78)
+SIGNAL = np.stack(
+    [
+        np.concatenate([_BENDING, [-41.0, 37.0, 300.0, 450.0]]),
+        np.concatenate([_BENDING[::-1] + 1 / 3, [-200.0, 90.0, 110.0, 350.0]]),
+    ]
+)
+_MASK = np.arange(SIGNAL.shape[1]) % 3 != 0
+
+# An axis as the factors of original axes that it is made of: (axis, size of all that is
+# inside of the factor, size). Axis -1 stands for values repeated along an axis.
+_Factor = tuple[int, int, int]
+_Axis = tuple[_Factor, ...]
+
+
+class Unmatched(Exception):
+    """A piece that cannot be evaluated, because of one of its nodes."""
+
+    def __init__(self, node: Node):
+        super().__init__(node.op)
+        self.node = node
+
+
+@dataclasses.dataclass
+class _Sampled:
+    values: Any
+    axes: tuple[_Axis, ...]
+    reduced: frozenset[_Factor] = frozenset()
+
+
+@dataclasses.dataclass
+class Piece:
+    """What the part of the graph between two nodes makes of `SIGNAL`.
+
+    Attributes:
+      values: the outcome, in the shape of `SIGNAL`: all of the graph's axes are the
+        axis of samples, and there is one row for each population.
+      reduced: the factors of the input's axes that statistics are taken over.
+      leaves: the values that stand for parameters and other variables, by path.
+      paths: the paths of the leaves by kind, `"param"` and `"state"`.
+      mask: what stands for random bits, where there are any.
+    """
+
+    values: Any
+    reduced: frozenset[_Factor]
+    leaves: dict[str, Any]
+    paths: dict[str, list[str]]
+    mask: Any
+
+
+def evaluate(end: Node, start: Node) -> Piece:
+    """Evaluates what lies between a node and one of its dominators.
+
+    The population that statistics are taken over and the features are both the axis of
+    samples: a reduction is a mean over it, times the true count. Which axes that would
+    be is followed beside the values.
+
+    Raises:
+      Unmatched: where something in between is neither elementwise nor a statistic that
+        is put back where it was taken from.
+    """
+    rng = np.random.default_rng(0)
+    piece = Piece(None, frozenset(), {}, {"param": [], "state": []}, None)
+    whole = tuple(((axis, 1, size),) for axis, size in enumerate(start.shape))
+    known = {start: _Sampled(SIGNAL, whole)}
+
+    def variable(node: Node) -> _Sampled:
+        if node.path not in piece.leaves:
+            # Positive, as a variance is, and far above any epsilon.
+            low, high = (0.5, 2.0) if node.op == "param" else (1e3, 2e3)
+            piece.leaves[node.path] = rng.uniform(low, high, SIGNAL.shape[1])
+            piece.paths[node.op].append(node.path)
+        axes = [_repeated(size) for size in node.shape]
+        if axes and start.shape and node.shape[-1] == start.shape[-1]:
+            axes[-1] = whole[-1]  # a parameter's last axis is that of the features
+        return _Sampled(piece.leaves[node.path], tuple(axes))
+
+    def sample(node: Node) -> _Sampled:
+        if node not in known:
+            if node.op in ("param", "state"):
+                known[node] = variable(node)
+            elif node.op == "constant" and node.value is not None:
+                axes = tuple(map(_repeated, node.shape))
+                known[node] = _Sampled(np.float64(node.value), axes)
+            elif node.origins == {"random"} and node.dtype == np.bool_:
+                piece.mask = _MASK
+                known[node] = _Sampled(_MASK, tuple(map(_repeated, node.shape)))
+            elif not node.operands or node.op in ("inputs", "input"):
+                raise Unmatched(node)
+            else:
+                rule = _elementwise if node.op in _ELEMENTWISE else _SHAPED.get(node.op)
+                if rule is None:
+                    raise Unmatched(node)
+                known[node] = rule(node, [sample(operand) for operand in node.operands])
+        return known[node]
+
+    with np.errstate(all="ignore"):
+        result = sample(end)
+    if end.shape != start.shape or _unify(end, result.axes, whole) != whole:
+        raise Unmatched(end)
+    piece.values = np.broadcast_to(result.values, SIGNAL.shape)
+    piece.reduced = result.reduced
+    return piece
+
+
+def _elementwise(node: Node, operands: list[_Sampled]) -> _Sampled:
+    axes = tuple(map(_repeated, node.shape))
+    statistics = {operand.reduced for operand in operands if operand.reduced}
+    if len(statistics) > 1:
+        raise Unmatched(node)  # statistics over different axes
+    for operand in operands:
+        if operand.axes:  # a scalar literal goes with every shape
+            axes = _unify(node, axes, operand.axes)
+    values = _ELEMENTWISE[node.op](*(operand.values for operand in operands))
+    return _Sampled(values, axes, next(iter(statistics), frozenset()))
+
+
+def _integer_pow(node: Node, operands: list[_Sampled]) -> _Sampled:
+    (x,) = operands
+    return dataclasses.replace(x, values=x.values ** float(node.options["y"]))
+
+
+def _reduce_sum(node: Node, operands: list[_Sampled]) -> _Sampled:
+    (x,) = operands
+    over = node.options["axes"]
+    count = math.prod(node.operands[0].shape[axis] for axis in over)
+    reduced = x.reduced.union(
+        *([factor for factor in x.axes[axis] if factor[0] >= 0] for axis in over)
+    )
+    axes = tuple(axis for index, axis in enumerate(x.axes) if index not in over)
+    mean = np.mean(x.values, axis=-1, keepdims=True) if np.ndim(x.values) else x.values
+    return _Sampled(mean * count, axes, reduced)
+
+
+def _broadcast(node: Node, operands: list[_Sampled]) -> _Sampled:
+    x, *_ = operands
+    axes = [_repeated(size) for size in node.shape]
+    sizes = node.operands[0].shape
+    for index, target in enumerate(node.options["broadcast_dimensions"]):
+        if sizes[index] == node.shape[target]:
+            axes[target] = x.axes[index]
+    return dataclasses.replace(x, axes=tuple(axes))
+
+
+def _squeeze(node: Node, operands: list[_Sampled]) -> _Sampled:
+    (x,) = operands
+    gone = node.options["dimensions"]
+    axes = tuple(axis for index, axis in enumerate(x.axes) if index not in gone)
+    return dataclasses.replace(x, axes=axes)
+
+
+def _transpose(node: Node, operands: list[_Sampled]) -> _Sampled:
+    (x,) = operands
+    order = node.options["permutation"]
+    return dataclasses.replace(x, axes=tuple(x.axes[axis] for axis in order))
+
+
+def _reshape(node: Node, operands: list[_Sampled]) -> _Sampled:
+    x, *_ = operands
+    queue = [factor for axis in x.axes for factor in axis]
+    axes = []
+    for size in node.shape:
+        axis: list[_Factor] = []
+        while size > 1 or (queue and queue[0][2] == 1 and not axis):
+            factor = queue.pop(0)
+            outer, inner = _split(node, factor, size)
+            axis.append(outer)
+            if inner is not None:
+                queue.insert(0, inner)
+            size //= outer[2]
+        axes.append(tuple(axis))
+    return dataclasses.replace(x, axes=tuple(axes))
+
+
+_SHAPED: dict[str, Callable[[Node, list[_Sampled]], _Sampled]] = {
+    "broadcast_in_dim": _broadcast,
+    "integer_pow": _integer_pow,
+    "reduce_sum": _reduce_sum,
+    "reshape": _reshape,
+    "squeeze": _squeeze,
+    "transpose": _transpose,
+}
+
+
+def _repeated(size: int) -> _Axis:
+    return ((-1, 1, size),) if size > 1 else ()
+
+
+def _split(node: Node, factor: _Factor, size: int) -> tuple[_Factor, _Factor | None]:
+    """A factor as an outer one of at most the given size, and the rest within."""
+    axis, within, whole = factor
+    if whole <= size:
+        if size % whole:
+            raise Unmatched(node)
+        return factor, None
+    if whole % size:
+        raise Unmatched(node)
+    rest = whole // size
+    return (axis, within * rest, size), (axis, within, rest)
+
+
+def _unify(
+    node: Node, first: Sequence[_Axis], second: Sequence[_Axis]
+) -> tuple[_Axis, ...]:
+    """The axes of an elementwise combination; repeated values fit any axis."""
+    if len(first) != len(second):
+        raise Unmatched(node)
+    return tuple(_unify_axis(node, *pair) for pair in zip(first, second, strict=True))
+
+
+def _unify_axis(node: Node, first: _Axis, second: _Axis) -> _Axis:
+    if first == second or not second or all(axis < 0 for axis, _, _ in second):
+        return first or second
+    if not first or all(axis < 0 for axis, _, _ in first):
+        return second
+    left, right = list(first), list(second)
+    unified: list[_Factor] = []
+    while left and right:
+        a, b = left.pop(0), right.pop(0)
+        size = min(a[2], b[2])
+        (a, a_rest), (b, b_rest) = _split(node, a, size), _split(node, b, size)
+        left[:0] = [a_rest] if a_rest else []
+        right[:0] = [b_rest] if b_rest else []
+        if a != b and min(a[0], b[0]) >= 0:
+            raise Unmatched(node)
+        unified.append(max(a, b))  # axis -1, repeated values, comes before all others
+    if left or right:
+        raise Unmatched(node)
+    return _merged(unified)
+
+
+def _merged(factors: Sequence[_Factor]) -> _Axis:
+    """Neighbouring factors that are one again."""
+    merged: list[_Factor] = []
+    for axis, within, size in factors:
+        if merged and merged[-1][0] == axis >= 0 and merged[-1][1] == within * size:
+            merged[-1] = (axis, within, merged[-1][2] * size)
+        else:
+            merged.append((axis, within, size))
+    return tuple(merged)
+
+
+def known(node: Node) -> bool:
+    """Whether a node is of a kind that pieces can consist of."""
+    return node.op in _ELEMENTWISE or node.op in _SHAPED

@@ -1,0 +1,770 @@
+"""Every way to get a declaration wrong has its own message.
+
+The messages are for people who have their own model in mind and not this package, so
+each has to say which layer it is about, what was found and what was expected.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+
+
+def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+    # No values are needed to see what is wrong.
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def chain(*links: Any, input_shape: Any = (4,)) -> spec.LayerChain:
+    return spec.LayerChain(links, input_shape=input_shape)
+
+
+def image_chain(*links: Any) -> spec.LayerChain:
+    return spec.LayerChain(links, input_shape=(8, 8, 3))
+
+
+def block(path: str = "mixer", **changes: Any) -> spec.Block:
+    arguments: dict[str, Any] = {"weight_curvature": 1.0, "input_curvature": 1.0}
+    arguments |= changes
+    return spec.Block(path, **arguments)
+
+
+# Two dense layers that fit, and a convolution that fits an image.
+FIT = chain(spec.Dense("fc1"), spec.Dense("fc2"))
+PARAMS = {"fc1": {"kernel": array(4, 8)}, "fc2": {"kernel": array(8, 2)}}
+CONV = {"conv": {"kernel": array(3, 3, 3, 6)}}
+
+
+def concrete(params: Any = PARAMS) -> Any:
+    return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
+
+
+# What can be seen when a link or a chain is built.
+
+CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
+    "negative strides": (
+        lambda: spec.Conv("conv", strides=-1),
+        r"Conv\('conv'.*strides \(=-1\) must be a positive int",
+    ),
+    "zero strides": (
+        lambda: spec.Conv("conv", strides=(1, 0)),
+        r"Conv\('conv'.*strides \(=\(1, 0\)\) must be a positive int",
+    ),
+    "float strides": (
+        lambda: spec.Conv("conv", strides=2.0),  # pyright: ignore
+        r"Conv\('conv'.*strides \(=2.0\) must be a positive int",
+    ),
+    "zero factor": (
+        lambda: spec.Scale(0.0),
+        r"Scale\(0.0\).*factor.* must be a finite number other than zero",
+    ),
+    "factor as text": (
+        lambda: spec.Scale("half"),  # pyright: ignore
+        r"'half'.*factor.* must be a finite number other than zero|"
+        r"factor.*'half'.* must be a finite number other than zero",
+    ),
+    "strides of a transposed convolution": (
+        lambda: spec.ConvTranspose("up", strides=(2, 0)),
+        r"ConvTranspose\('up'.*strides \(=\(2, 0\)\) must be a positive int",
+    ),
+    "strides as text": (
+        lambda: spec.Conv("conv", strides="2"),  # pyright: ignore
+        r"strides \(='2'\) must be a positive int",
+    ),
+    "strides as an array": (
+        lambda: spec.Conv("conv", strides=np.array([1, 2])),  # pyright: ignore
+        r"strides \(=array\(\[1, 2\]\)\) must be a positive int",
+    ),
+    "zero strides of a pool": (
+        lambda: spec.MaxPool((2, 2), strides=0),
+        r"MaxPool\(\(2, 2\).*strides \(=0\) must be a positive int",
+    ),
+    "zero dilation": (
+        lambda: spec.Conv("conv", kernel_dilation=0),
+        r"kernel_dilation \(=0\) must be a positive int",
+    ),
+    "zero groups": (
+        lambda: spec.Conv("conv", feature_group_count=0),
+        r"feature_group_count \(=0\) must be a positive int",
+    ),
+    "groups for each dimension": (
+        lambda: spec.Conv("conv", feature_group_count=(2, 3)),  # pyright: ignore
+        r"feature_group_count \(=\(2, 3\)\) must be a positive int",
+    ),
+    "unknown padding": (
+        lambda: spec.Conv("conv", padding="SMAE"),
+        r"padding \(='SMAE'\) must be one of 'VALID', 'SAME'",
+    ),
+    "a padding that pools do not have": (
+        lambda: spec.AvgPool((2, 2), padding="CIRCULAR"),
+        r"AvgPool.*padding \(='CIRCULAR'\) must be one of 'VALID', 'SAME'",
+    ),
+    "negative padding": (
+        lambda: spec.Conv("conv", padding=[(0, -1), (0, 0)]),
+        r"padding \(=\[\(0, -1\), \(0, 0\)\]\) must be .* none negative",
+    ),
+    "float padding": (
+        lambda: spec.Conv("conv", padding=1.5),  # pyright: ignore
+        r"padding \(=1.5\) must be .* an int",
+    ),
+    "padding of three": (
+        lambda: spec.Conv("conv", padding=[(1, 1, 1)]),
+        r"padding \(=\[\(1, 1, 1\)\]\) must be .* \(low, high\) pair",
+    ),
+    "window without dimensions": (
+        lambda: spec.MaxPool(2),  # pyright: ignore
+        r"window_shape \(=2\) must be a sequence of positive ints.*\(2, 2\)",
+    ),
+    "zero window": (
+        lambda: spec.MaxPool((2, 0)),
+        r"window_shape \(=\(2, 0\)\) must be a .*sequence of positive ints",
+    ),
+    "window as an array": (
+        lambda: spec.MaxPool(np.array([2, 2])),  # pyright: ignore
+        r"window_shape \(=array\(\[2, 2\]\)\) must be a sequence of positive ints",
+    ),
+    "path that is no text": (
+        lambda: spec.Dense(b"fc1"),  # pyright: ignore
+        r"path \(=b'fc1'\) must be a string such as 'Dense_0'.*bytes",
+    ),
+    "path that is None": (
+        lambda: spec.Dense(None),  # pyright: ignore
+        r"path \(=None\) must be a string such as 'Dense_0'",
+    ),
+    "path that ends in a slash": (
+        lambda: spec.Dense("fc1/"),
+        r"path \(='fc1/'\) must be names joined by single slashes",
+    ),
+    "path of batch norm with two slashes": (
+        lambda: spec.BatchNorm("a//b"),
+        r"path \(='a//b'\) must be names joined by single slashes",
+    ),
+    "unknown activation": (
+        lambda: spec.Activation("rellu"),
+        r"name \(='rellu'\) is not known.*'relu'.*Known: 'celu', .*'tanh'",
+    ),
+    "activation as a function": (
+        lambda: spec.Activation(jnp.tanh),  # pyright: ignore
+        r"name .*tanh.* is not known.*Known: 'celu', .*'tanh'",
+    ),
+    "block with zero curvature": (
+        lambda: block(weight_curvature=0),
+        r"Block\('mixer'.*weight_curvature \(=0\) must be positive and finite",
+    ),
+    "block with negative curvature": (
+        lambda: block(input_curvature=-2.0),
+        r"input_curvature \(=-2.0\) must be positive and finite",
+    ),
+    "block with infinite gain": (
+        lambda: block(forward_gain=float("inf")),
+        r"forward_gain \(=inf\) must be positive and finite",
+    ),
+    "block with NaN for a curvature": (
+        lambda: block(weight_curvature=float("nan")),
+        r"weight_curvature \(=nan\) must be positive and finite",
+    ),
+    "block with too large a curvature": (
+        lambda: block(weight_curvature=10**400),
+        r"weight_curvature \(=10+\) must be positive and finite",
+    ),
+    "block with text for a curvature": (
+        lambda: block(weight_curvature="high"),
+        r"weight_curvature \(='high'\) must be a positive number or a function",
+    ),
+    "block with digits for a curvature": (
+        lambda: block(weight_curvature="2"),
+        r"weight_curvature \(='2'\) must be a positive number or a function",
+    ),
+    "block with None for a curvature": (
+        lambda: block(input_curvature=None),
+        r"input_curvature \(=None\) must be a positive number or a function",
+    ),
+    "block with a vector for a curvature": (
+        lambda: block(input_curvature=np.ones(2)),
+        r"input_curvature \(=array.*\) must be a positive number or a function",
+    ),
+    "block with an empty output": (
+        lambda: block(output_shape=(0,)),
+        r"output_shape \(=\(0,\)\) must be a sequence of positive ints",
+    ),
+    "chain with text for a link": (
+        lambda: chain(spec.Dense("fc1"), "relu"),
+        r"layers\[1\] must be a link such as spec.Dense.*'relu', a str",
+    ),
+    "chain with a Flax module": (
+        lambda: chain(nn.Dense(3)),
+        r"layers\[0\] must be a link such as spec.Dense.*flax",
+    ),
+    "chain with a class for a link": (
+        lambda: chain(spec.Flatten),
+        r"layers\[0\] must be a link such as spec.Dense.*class.*Flatten",
+    ),
+    "chain within a chain": (
+        lambda: chain(FIT),
+        r"layers\[0\] must be a link such as spec.Dense.*LayerChain",
+    ),
+    "chain of None": (
+        lambda: spec.LayerChain(None, input_shape=(4,)),  # pyright: ignore
+        r"layers must be a sequence of links, but it is None",
+    ),
+    "chain of one bare link": (
+        lambda: spec.LayerChain(spec.Dense("fc1"), input_shape=(4,)),  # pyright: ignore
+        r"layers must be a sequence of links, but it is spec.Dense\('fc1'\)",
+    ),
+    "residual with a Flax module": (
+        lambda: spec.Residual([spec.Dense("fc1"), nn.Dense(3)]),  # pyright: ignore
+        r"branch\[1\] must be a link such as spec.Dense",
+    ),
+    "residual with None for a shortcut": (
+        lambda: spec.Residual([spec.Dense("fc1")], None),  # pyright: ignore
+        r"shortcut must be a sequence of links, but it is None",
+    ),
+    "input shape as one number": (
+        lambda: chain(input_shape=5),
+        r"input_shape \(=5\) must be a sequence of positive ints without the batch",
+    ),
+    "input shape with zero": (
+        lambda: chain(input_shape=(0, 3)),
+        r"input_shape \(=\(0, 3\)\) must be a sequence of positive ints",
+    ),
+    "input shape with an open batch": (
+        lambda: chain(input_shape=(None, 3)),
+        r"input_shape \(=\(None, 3\)\) must be .* without the batch dimension",
+    ),
+    "negative input shape": (
+        lambda: chain(input_shape=(-1, 3)),
+        r"input_shape \(=\(-1, 3\)\) must be a sequence of positive ints",
+    ),
+    "input shape of floats": (
+        lambda: chain(input_shape=(8.0, 3)),
+        r"input_shape \(=\(8.0, 3\)\) must be a sequence of positive ints",
+    ),
+    "empty input shape": (
+        lambda: chain(input_shape=()),
+        r"input_shape \(=\(\)\) must be a sequence of positive ints",
+    ),
+    "path declared twice": (
+        lambda: chain(spec.Dense("fc1"), spec.Flatten(), spec.Conv("fc1")),
+        r"two layers declare the path 'fc1': spec.Dense\('fc1'\) and spec.Conv",
+    ),
+    "path declared twice by the same link": (
+        lambda: chain(FIT.layers[0], FIT.layers[0]),
+        r"two layers declare the path 'fc1'",
+    ),
+    "path declared again in a residual": (
+        lambda: chain(spec.Dense("fc1"), spec.Residual([spec.Dense("fc1")])),
+        r"two layers declare the path 'fc1'",
+    ),
+    "path inside a block": (
+        lambda: chain(block("mixer"), spec.Dense("mixer/fc1")),
+        r"Dense\('mixer/fc1'\) lies inside spec.Block\('mixer'.*owns every",
+    ),
+    "path inside a block of the whole tree": (
+        lambda: chain(block(""), spec.Dense("fc1")),
+        r"Dense\('fc1'\) lies inside spec.Block\(''.*owns every",
+    ),
+}
+
+# What can be seen when the chain is laid over parameters, by shapes and dtypes.
+
+Declared = tuple[spec.LayerChain, Any, str]
+PLACEMENT: dict[str, Callable[[], Declared]] = {
+    "unknown path": lambda: (
+        chain(spec.Dense("fc1"), spec.Dense("fcc2")),
+        PARAMS,
+        r"'fcc2' \(layers\[1\]\): no parameter at 'fcc2/kernel'. Did you mean "
+        r"'fc2/kernel'.*Available: 'fc1/kernel', 'fc2/kernel'",
+    ),
+    "dots for slashes": lambda: (
+        chain(spec.Dense("fc1.kernel")),
+        PARAMS,
+        r"no parameter at 'fc1.kernel/kernel'. Did you mean 'fc1/kernel'",
+    ),
+    "path of an array": lambda: (
+        chain(spec.Dense("fc1/kernel"), spec.Dense("fc2")),
+        PARAMS,
+        r"no parameter at 'fc1/kernel/kernel'. Did you mean 'fc1/kernel'",
+    ),
+    "variables for params": lambda: (
+        FIT,
+        {"params": PARAMS, "batch_stats": {}},
+        r"no parameter at 'fc1/kernel'. Pass variables\['params'\], not all variables",
+    ),
+    "params=None": lambda: (
+        FIT,
+        None,
+        r"no parameter at 'fc1/kernel'.*Available: none",
+    ),
+    "no parameters": lambda: (
+        FIT,
+        {},
+        r"no parameter at 'fc1/kernel'.*Available: none",
+    ),
+    "bare array": lambda: (
+        chain(spec.Dense("")),
+        array(4, 8),
+        r"no parameter at 'kernel'.*Available: ''",
+    ),
+    "dense with a convolution's kernel": lambda: (
+        image_chain(spec.Dense("conv")),
+        CONV,
+        r"'conv' \(layers\[0\]\).* kernel of shape \(in, out\), but it has shape "
+        r"\(3, 3, 3, 6\)",
+    ),
+    "dense with a scalar for a kernel": lambda: (
+        chain(spec.Dense("fc1")),
+        {"fc1": {"kernel": array()}},
+        r"'fc1'.* kernel of shape \(in, out\), but it has shape \(\)",
+    ),
+    "dense with a kernel for no input": lambda: (
+        chain(spec.Dense("fc1")),
+        {"fc1": {"kernel": array(0, 3)}},
+        r"'fc1'.* kernel of shape \(0, 3\)",
+    ),
+    "dense with a kernel for no output": lambda: (
+        chain(spec.Dense("fc1")),
+        {"fc1": {"kernel": array(4, 0)}},
+        r"'fc1'.* kernel .*shape \(4, 0\)",
+    ),
+    "convolution with an empty window": lambda: (
+        image_chain(spec.Conv("conv")),
+        {"conv": {"kernel": array(0, 3, 3, 6)}},
+        r"'conv'.* kernel .*shape \(0, 3, 3, 6\)",
+    ),
+    "convolution with a dense kernel": lambda: (
+        image_chain(spec.Conv("fc1")),
+        {"fc1": {"kernel": array(3, 8)}},
+        r"'fc1'.* kernel of shape \(\*window, in / groups, out\), but .* \(3, 8\)",
+    ),
+    "1-D convolution of an image": lambda: (
+        image_chain(spec.Conv("conv")),
+        {"conv": {"kernel": array(3, 3, 6)}},
+        r"'conv'.* kernel of shape \(3, 3, 6\), with 1 spatial dimensions, but its "
+        r"input has 2",
+    ),
+    "input shape with the batch": lambda: (
+        spec.LayerChain([spec.Conv("conv")], input_shape=(128, 8, 8, 3)),
+        CONV,
+        r"'conv'.* 2 spatial dimensions, but its input has 3.*\(128, 8, 8, 3\)",
+    ),
+    "features of neighbours": lambda: (
+        FIT,
+        {"fc1": {"kernel": array(4, 8)}, "fc2": {"kernel": array(9, 2)}},
+        r"'fc2' \(layers\[1\]\).* \(9, 2\) takes 9 input features, but its input has "
+        r"8; the output of 'fc1' \(layers\[0\]\) has shape \(8,\)",
+    ),
+    "features of the input": lambda: (
+        FIT,
+        {"fc1": {"kernel": array(5, 8)}, "fc2": {"kernel": array(8, 2)}},
+        r"'fc1'.* takes 5 input features, but its input has 4; the input of the chain",
+    ),
+    "features of a flattened image": lambda: (
+        image_chain(spec.Conv("conv"), spec.Flatten(), spec.Dense("fc")),
+        CONV | {"fc": {"kernel": array(100, 2)}},
+        r"'fc' \(layers\[2\]\).* takes 100 input features, but its input has 384; the "
+        r"output of layers\[1\], spec.Flatten\(\)",
+    ),
+    "Flatten forgotten": lambda: (
+        image_chain(spec.Conv("conv"), spec.Dense("fc")),
+        CONV | {"fc": {"kernel": array(384, 2)}},
+        r"'fc'.* takes 384 input features, but its input has 6; .* \(8, 8, 6\)",
+    ),
+    "feature_group_count forgotten": lambda: (
+        image_chain(spec.Conv("conv")),
+        {"conv": {"kernel": array(3, 3, 1, 6)}},
+        r"'conv'.* \(3, 3, 1, 6\) takes 1 input features, but its input has 3",
+    ),
+    "feature_group_count that does not divide the output": lambda: (
+        image_chain(spec.Conv("conv", feature_group_count=3)),
+        {"conv": {"kernel": array(3, 3, 1, 4)}},
+        r"'conv'.* feature_group_count \(=3\) must divide the 4 output features",
+    ),
+    "too many strides": lambda: (
+        image_chain(spec.Conv("conv", strides=(1, 2, 1))),
+        CONV,
+        r"'conv'.* strides \(=\(1, 2, 1\)\) has 3 entries, but there are 2 spatial",
+    ),
+    "too few strides of a pool": lambda: (
+        image_chain(spec.MaxPool((2, 2), strides=(1, 2, 1))),
+        {},
+        r"layers\[0\], spec.MaxPool.* strides .* has 3 entries, but there are 2",
+    ),
+    "too many paddings": lambda: (
+        image_chain(spec.Conv("conv", padding=[(1, 1), (0, 1), (1, 1)])),
+        CONV,
+        r"'conv'.* padding .* has 3 entries, but there are 2 spatial dimensions",
+    ),
+    "causal padding of an image": lambda: (
+        image_chain(spec.Conv("conv", padding="CAUSAL")),
+        CONV,
+        r"'conv'.*CAUSAL",
+    ),
+    "convolution larger than the input": lambda: (
+        spec.LayerChain([spec.Conv("conv", padding="VALID")], input_shape=(2, 8, 3)),
+        CONV,
+        r"'conv'.* window 3\*3 is larger than its input 2\*8",
+    ),
+    "dilated convolution larger than the input": lambda: (
+        image_chain(spec.Conv("conv", padding="VALID", kernel_dilation=4)),
+        CONV,
+        r"'conv'.* window 9\*9 is larger than its input 8\*8 \(dilation",
+    ),
+    "pool larger than the input": lambda: (
+        image_chain(spec.AvgPool((9, 2))),
+        {},
+        r"layers\[0\], spec.AvgPool.* window 9\*2 is larger than its input 8\*8",
+    ),
+    "1-D pool of an image": lambda: (
+        image_chain(spec.MaxPool((2,))),
+        {},
+        r"layers\[0\], spec.MaxPool.* has 1 dimensions, but its input has 2 spatial",
+    ),
+    "no layers": lambda: (
+        chain(),
+        PARAMS,
+        r"no declared layer covers 'fc1/kernel', 'fc2/kernel'. Declared: none.*"
+        r"unlisted='identity'",
+    ),
+    "uncovered layer": lambda: (
+        chain(spec.Dense("fc1")),
+        PARAMS,
+        r"no declared layer covers 'fc2/kernel'. Declared: 'fc1'.*unlisted='identity'",
+    ),
+    "uncovered parameter of a declared layer": lambda: (
+        chain(spec.Dense("fc1")),
+        {"fc1": {"kernel": array(4, 8), "mask": array(4, 8)}},
+        r"no declared layer covers 'fc1/mask'",
+    ),
+    "complex parameters": lambda: (
+        FIT,
+        {"fc1": {"kernel": array(4, 8, dtype=jnp.complex64)}},
+        r"'fc1'.* real floating dtype, but it is of complex64",
+    ),
+    "integer parameters": lambda: (
+        FIT,
+        {"fc1": {"kernel": array(4, 8, dtype=jnp.int32)}},
+        r"'fc1'.* real floating dtype, but it is of int32",
+    ),
+    "boolean bias": lambda: (
+        FIT,
+        {"fc1": {"kernel": array(4, 8), "bias": array(8, dtype=jnp.bool_)}},
+        r"'fc1/bias' must be .* real floating dtype, but it is of bool",
+    ),
+    "integer parameter of a block": lambda: (
+        chain(block()),
+        {"mixer": {"table": array(4, dtype=jnp.int8)}},
+        r"'mixer/table' must be .* real floating dtype, but it is of int8",
+    ),
+    "number for a kernel": lambda: (
+        FIT,
+        {"fc1": {"kernel": 1.0}},
+        r"'fc1/kernel' must be an array.*but it is a float",
+    ),
+    "text for a kernel": lambda: (
+        FIT,
+        {"fc1": {"kernel": "glorot"}},
+        r"'fc1/kernel' must be an array.*but it is a str",
+    ),
+    "several arrays for a kernel": lambda: (
+        FIT,
+        {"fc1": {"kernel": {"a": array(4, 8), "b": array(4, 8)}}},
+        r"'fc1'.* one array at 'fc1/kernel', but found 'fc1/kernel/a', 'fc1/kernel/b'",
+    ),
+    "shape of a bias": lambda: (
+        FIT,
+        {"fc1": {"kernel": array(4, 8), "bias": array(4)}},
+        r"'fc1'.* bias has shape \(4,\), but expected \(8,\)",
+    ),
+    "bias for every position": lambda: (
+        image_chain(spec.Conv("conv")),
+        {"conv": {"kernel": array(3, 3, 3, 6), "bias": array(8, 8, 6)}},
+        r"'conv'.* bias has shape \(8, 8, 6\), but expected \(6,\)",
+    ),
+    "features of a batch norm": lambda: (
+        chain(spec.Dense("fc1"), spec.BatchNorm("norm")),
+        {"fc1": {"kernel": array(4, 8)}, "norm": {"scale": array(6)}},
+        r"'norm'.* scale has shape \(6,\), but expected \(8,\)",
+    ),
+    "batch norm without parameters": lambda: (
+        chain(spec.Dense("fc1"), spec.BatchNorm("norm")),
+        {"fc1": {"kernel": array(4, 8)}},
+        r"'norm' \(layers\[1\]\): no parameter at 'norm/scale'.*spec.BatchNorm\(\)",
+    ),
+    "path of a dense layer for a batch norm": lambda: (
+        chain(spec.Dense("fc1"), spec.BatchNorm("fc2")),
+        PARAMS,
+        r"'fc2'.* no parameter at 'fc2/scale'.*'fc2/kernel'",
+    ),
+    "block without parameters": lambda: (
+        chain(block()),
+        PARAMS,
+        r"'mixer' \(layers\[0\]\): no parameter at 'mixer'.*Available: 'fc1/kernel'",
+    ),
+    "arms of different shape": lambda: (
+        chain(spec.Residual([spec.Dense("fc1")])),
+        {"fc1": {"kernel": array(4, 8)}},
+        r"layers\[0\], spec.Residual.* one shape, but: branch \(8,\), shortcut \(4,\)",
+    ),
+    "layer inside a residual": lambda: (
+        chain(spec.Residual([spec.Dropout(), spec.Dense("fc1")])),
+        {"fc1": {"kernel": array(5, 4)}},
+        r"'fc1' \(layers\[0\].branch\[1\]\).* takes 5 input features, but .* has 4",
+    ),
+}
+
+
+def assert_is_a_message_of_the_package(info: pytest.ExceptionInfo[ValueError]):
+    assert info.type is ValueError, "no subclass that JAX or NumPy has defined"
+    raised_in = pathlib.Path(str(info.traceback[-1].path))
+    assert raised_in.parent.name == "backmatch_optax"
+    # One can read it in a terminal: no dump of parameters.
+    assert len(str(info.value)) < 600
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION)
+def test_construction_says_what_is_wrong(case):
+    build, message = CONSTRUCTION[case]
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as info:
+        build()
+    assert_is_a_message_of_the_package(info)
+
+
+@pytest.mark.parametrize("case", PLACEMENT)
+def test_check_spec_says_what_is_wrong(case):
+    declared, params, message = PLACEMENT[case]()
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as info:
+        bmo.check_spec(declared, params)
+    assert_is_a_message_of_the_package(info)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda declared, params: bmo.scale_by_backmatch(declared).init(params),
+        lambda declared, params: bmo.backmatch_sgd(0.1, declared).init(params),
+        lambda declared, params: bmo.layer_scales(params, declared),
+        lambda declared, params: bmo.describe(declared, params),
+    ],
+    ids=["init", "alias", "layer_scales", "describe"],
+)
+@pytest.mark.parametrize(
+    "case", ["unknown path", "features of neighbours", "uncovered layer"]
+)
+def test_every_entry_says_what_check_spec_says(call, case):
+    declared, params, message = PLACEMENT[case]()
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as info:
+        call(declared, concrete(params))
+    assert_is_a_message_of_the_package(info)
+
+
+# What the transformation is given.
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"fc1": True, "fc2": False},
+        {"fc1": {"kernel": True}, "fc2": {"kernel": False}},
+    ],
+    ids=["module", "array"],
+)
+def test_a_masked_layer_is_named_with_the_way_out(mask):
+    masked = optax.masked(bmo.scale_by_backmatch(FIT), mask)
+    with pytest.raises(
+        ValueError, match=r"'fc2' .*masked.*scale outside and mask or freeze inside"
+    ) as info:
+        masked.init(concrete())
+    assert_is_a_message_of_the_package(info)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"fc1": "train", "fc2": "freeze"},
+        {"fc1": {"kernel": "train"}, "fc2": {"kernel": "freeze"}},
+    ],
+    ids=["module", "array"],
+)
+def test_a_partitioned_layer_is_named_with_the_way_out(labels):
+    partition = optax.partition(
+        {"train": bmo.scale_by_backmatch(FIT), "freeze": optax.set_to_zero()}, labels
+    )
+    with pytest.raises(
+        ValueError, match=r"'fc2' .*masked.*scale outside and mask or freeze inside"
+    ) as info:
+        partition.init(concrete())
+    assert_is_a_message_of_the_package(info)
+
+
+def test_an_undeclared_masked_layer_counts_as_uncovered():
+    # It might be a frozen head: without it all scales below would silently be others.
+    declared = chain(spec.Dense("fc1"))
+    masked = optax.masked(bmo.scale_by_backmatch(declared), {"fc1": True, "fc2": False})
+    with pytest.raises(ValueError, match=r"no declared layer covers 'fc2") as info:
+        masked.init(concrete())
+    assert_is_a_message_of_the_package(info)
+
+
+def test_two_networks_in_one_tree_can_have_a_chain_each():
+    one = chain(spec.Dense("fc1"))
+    other = chain(spec.Dense("fc2"), input_shape=(8,))
+    partition = optax.partition(
+        {
+            "one": bmo.scale_by_backmatch(one, unlisted="identity"),
+            "other": bmo.scale_by_backmatch(other, unlisted="identity"),
+        },
+        {"fc1": "one", "fc2": "other"},
+    )
+    params = concrete()
+    updates, _ = partition.update(params, partition.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_update_without_params_says_that_it_needs_them():
+    transformation = bmo.scale_by_backmatch(FIT)
+    state = transformation.init(concrete())
+    with pytest.raises(ValueError, match=r"update\(updates, state, params\)") as info:
+        transformation.update(concrete(), state)
+    assert_is_a_message_of_the_package(info)
+
+
+def test_update_with_params_that_do_not_fit_says_what_is_wrong():
+    transformation = bmo.scale_by_backmatch(FIT)
+    state = transformation.init(concrete())
+    wrong = {"fc1": {"kernel": jnp.ones((4, 8))}, "fc2": {"kernel": jnp.ones((9, 2))}}
+    with pytest.raises(ValueError, match=r"'fc2'.* takes 9 input features") as info:
+        transformation.update(wrong, state, wrong)
+    assert_is_a_message_of_the_package(info)
+
+
+def test_update_does_not_pass_gradients_on_where_params_are_empty():
+    # Updates that come back as they were would train at SGD's rates, and nobody sees.
+    transformation = bmo.scale_by_backmatch(FIT)
+    state = transformation.init(concrete())
+    with pytest.raises(ValueError, match="no parameter at 'fc1/kernel'") as info:
+        transformation.update(concrete(), state, {})
+    assert_is_a_message_of_the_package(info)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda value: bmo.check_spec(FIT, PARAMS, unlisted=value),
+        lambda value: bmo.layer_scales(concrete(), FIT, unlisted=value),
+        lambda value: bmo.describe(FIT, concrete(), unlisted=value),
+        lambda value: bmo.scale_by_backmatch(FIT, unlisted=value).init(concrete()),
+    ],
+    ids=["check_spec", "layer_scales", "describe", "init"],
+)
+@pytest.mark.parametrize("value", ["ignore", None, ["error"]], ids=str)
+def test_unlisted_has_two_values(call, value):
+    expected = re.escape(f"unlisted (={value!r}) must be 'error' or 'identity'")
+    with pytest.raises(ValueError, match=expected) as info:
+        call(value)
+    assert_is_a_message_of_the_package(info)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda value: bmo.layer_scales(concrete(), FIT, gains=value),
+        lambda value: bmo.describe(FIT, concrete(), gains=value),
+        lambda value: bmo.scale_by_backmatch(FIT, gains=value).init(concrete()),
+        lambda value: bmo.backmatch_sgd(0.1, FIT, gains=value).init(concrete()),
+    ],
+    ids=["layer_scales", "describe", "init", "alias"],
+)
+@pytest.mark.parametrize("value", ["exact", None, ["paper"]], ids=str)
+def test_gains_has_two_values(call, value):
+    expected = re.escape(f"gains (={value!r}) must be 'paper' or 'mean_field'")
+    with pytest.raises(ValueError, match=expected) as info:
+        call(value)
+    assert_is_a_message_of_the_package(info)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda wrong: bmo.check_spec(wrong, concrete()),
+        lambda wrong: bmo.layer_scales(concrete(), wrong),
+        lambda wrong: bmo.describe(wrong, concrete()),
+        lambda wrong: bmo.scale_by_backmatch(wrong).init(concrete()),
+        lambda wrong: bmo.backmatch_sgd(0.1, wrong).init(concrete()),
+    ],
+    ids=["check_spec", "layer_scales", "describe", "init", "alias"],
+)
+@pytest.mark.parametrize(
+    "wrong",
+    [FIT.layers, None, models.init_params(models.Mlp(), models.MLP), nn.Dense(3)],
+    ids=["links", "None", "params", "module"],
+)
+def test_a_spec_is_a_layer_chain(call, wrong):
+    with pytest.raises(ValueError, match=r"must be a .*LayerChain") as info:
+        call(wrong)
+    assert_is_a_message_of_the_package(info)
+
+
+# What a block's functions return.
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [jnp.ones(2), 1, jnp.int32(1), 1j, None, "high", {}],
+    ids=["vector", "int", "int32", "complex", "None", "text", "dict"],
+)
+@pytest.mark.parametrize(
+    "name", ["weight_curvature", "input_curvature", "forward_gain"]
+)
+def test_a_blocks_function_returns_a_real_scalar(name, returned):
+    changes: dict[str, Any] = {name: lambda params: returned}
+    declared = chain(block(**changes), spec.Dense("fc1"))
+    params = {"mixer": {"kernel": jnp.ones(3)}, "fc1": {"kernel": jnp.ones((4, 8))}}
+    with pytest.raises(
+        ValueError, match=rf"'mixer'.*{name} must return a real scalar"
+    ) as info:
+        bmo.layer_scales(params, declared)
+    assert_is_a_message_of_the_package(info)
+
+
+def test_an_error_in_a_blocks_function_is_the_users_own():
+    def curvature(params):
+        return params["kernal"].sum()
+
+    declared = chain(block(weight_curvature=curvature))
+    with pytest.raises(KeyError, match="kernal"):
+        bmo.layer_scales({"mixer": {"kernel": jnp.ones(3)}}, declared)
+
+
+# Scales are numbers: what has no values has none.
+
+
+@pytest.mark.parametrize("function", [bmo.layer_scales, bmo.describe])
+def test_scales_of_shapes_are_refused(function):
+    arguments = (FIT, PARAMS) if function is bmo.describe else (PARAMS, FIT)
+    with pytest.raises(ValueError, match=r"'fc1.*(concrete|ShapeDtypeStruct)") as info:
+        function(*arguments)
+    assert_is_a_message_of_the_package(info)
+
+
+def test_describe_under_jit_says_that_it_needs_numbers():
+    with pytest.raises(ValueError, match=r"concrete") as info:
+        jax.jit(lambda params: print(bmo.describe(FIT, params)))(concrete())
+    assert_is_a_message_of_the_package(info)
+
+
+def test_messages_of_large_models_list_some_paths_and_count_the_rest():
+    params: Any = {f"layer{i}": {"kernel": array(4, 4)} for i in range(200)}
+    with pytest.raises(ValueError, match=r"'layer0/kernel'.* and 188 more") as info:
+        bmo.check_spec(models.MLP, params)
+    assert_is_a_message_of_the_package(info)

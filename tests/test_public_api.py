@@ -1,0 +1,193 @@
+"""The names people use, how they are called, and what ships with them."""
+
+import ast
+import importlib.resources
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import pytest
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+
+# Every public callable, with the arguments that may be passed by position.
+FUNCTIONS = {
+    "backmatch_sgd": ["learning_rate", "spec"],
+    "check_spec": ["spec", "params"],
+    "compare_scales": ["spec", "params", "fn", "inputs"],
+    "describe": ["spec", "params"],
+    "layer_scales": ["params", "spec"],
+    "measure_layer_scales": ["fn", "params", "inputs"],
+    "scale_by_backmatch": ["spec"],
+    "scale_by_lsalr": [],
+    "scale_by_measured_backmatch": [],
+}
+RESULTS = [
+    "MeasuredLayerScales",
+    "ScaleByBackmatchState",
+    "ScaleByMeasuredBackmatchState",
+    "ScaleComparison",
+]
+LINKS = {
+    "Activation": ["name"],
+    "AvgPool": ["window_shape"],
+    "BatchNorm": ["path"],
+    "Block": ["path"],
+    "Conv": ["path"],
+    "ConvTranspose": ["path"],
+    "Dense": ["path"],
+    "Dropout": [],
+    "Flatten": [],
+    "GlobalAvgPool": [],
+    "GroupNorm": ["path"],
+    "LayerChain": ["layers"],
+    "LayerNorm": ["path"],
+    "MaxPool": ["window_shape"],
+    "RMSNorm": ["path"],
+    "Residual": ["branch", "shortcut"],
+    "Scale": ["factor"],
+}
+CALLABLES: dict[str, Any] = {name: getattr(bmo, name) for name in FUNCTIONS} | {
+    f"spec.{name}": getattr(spec, name) for name in LINKS
+}
+every_callable = pytest.mark.parametrize("public", CALLABLES.values(), ids=CALLABLES)
+
+
+def parameters(public: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(public).parameters.values())
+
+
+def docstring(public: Any) -> str:
+    return inspect.getdoc(public) or ""
+
+
+# --- Names ---------------------------------------------------------------------------
+
+
+def test_package_exports_the_documented_names():
+    assert set(bmo.__all__) == {*FUNCTIONS, *RESULTS, "spec"}
+
+
+def test_package_shows_nothing_beside_its_exports():
+    assert {name for name in vars(bmo) if name[0] != "_"} == set(bmo.__all__)
+
+
+def test_spec_exports_the_documented_links_and_their_base():
+    assert set(spec.__all__) == {*LINKS, "Link"}
+
+
+# --- Calls ---------------------------------------------------------------------------
+
+
+@every_callable
+def test_all_but_the_leading_arguments_are_keyword_only(public):
+    by_position = [
+        parameter.name
+        for parameter in parameters(public)
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    assert by_position == (FUNCTIONS | LINKS)[public.__name__]
+
+
+@pytest.mark.parametrize(
+    ("link", "flax_layer"),
+    [
+        (spec.Conv, nn.Conv),
+        (spec.ConvTranspose, nn.ConvTranspose),
+        (spec.MaxPool, nn.max_pool),
+        (spec.AvgPool, nn.avg_pool),
+    ],
+)
+def test_options_and_their_defaults_are_flax_own(link, flax_layer):
+    flax_defaults = {option.name: option.default for option in parameters(flax_layer)}
+    for option in parameters(link):
+        if option.kind is inspect.Parameter.KEYWORD_ONLY:
+            # Flax also writes a step of 1 as None.
+            assert (option.default or 1) == (flax_defaults[option.name] or 1)
+
+
+# --- Documentation -------------------------------------------------------------------
+
+
+@every_callable
+def test_docstring_shows_an_example(public):
+    assert ">>> " in docstring(public)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_docstring_of_a_result_is_written(name):
+    # Python gives a NamedTuple one that repeats its fields.
+    assert not docstring(getattr(bmo, name)).startswith(f"{name}(")
+
+
+@every_callable
+def test_docstring_explains_every_argument(public):
+    for parameter in parameters(public):
+        assert re.search(rf"Args:\n(.*\n)*  \*?{parameter.name}: ", docstring(public))
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n != "check_spec"])
+def test_docstring_tells_what_a_function_returns(name):
+    assert "\nReturns:\n  " in docstring(getattr(bmo, name))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CALLABLES if parameters(CALLABLES[name])]
+)
+def test_docstring_tells_what_is_refused(name):
+    # Whatever takes arguments checks them.
+    assert "\nRaises:\n  ValueError: " in docstring(CALLABLES[name])
+
+
+# --- The package ---------------------------------------------------------------------
+
+
+SOURCES = sorted(Path(bmo.__file__).parent.glob("**/*.py"))
+
+
+def imported_modules(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_private_modules_of_dependencies_are_not_imported(source):
+    for module in imported_modules(ast.walk(ast.parse(source.read_text()))):
+        package, *inner = module.split(".")
+        if package != "backmatch_optax":
+            assert not any(name.startswith("_") for name in inner), module
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+def test_only_dependencies_are_imported_at_the_top(source):
+    # Flax may be imported where a function is given one of its models.
+    required = {"backmatch_optax", "jax", "numpy", "optax"}
+    for module in imported_modules(ast.parse(source.read_text()).body):
+        assert module.split(".")[0] in required | sys.stdlib_module_names
+
+
+def test_import_loads_neither_flax_nor_chex():
+    code = "import sys, backmatch_optax; print({'flax', 'chex'} & set(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "set()"
+
+
+def test_type_annotations_ship():
+    assert importlib.resources.files(bmo).joinpath("py.typed").is_file()
+
+
+def test_version_is_that_of_pyproject():
+    pyproject = Path(__file__).parents[1] / "pyproject.toml"
+    assert bmo.__version__ == tomllib.loads(pyproject.read_text())["project"]["version"]

@@ -1,0 +1,311 @@
+"""The transformations do what their formulas say, step by step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import pytest
+import reference
+from chex import assert_trees_all_close, assert_trees_all_equal
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+
+# Small enough for the recursion to be done on paper. `F` is a kernel's squared norm.
+PAPER_NET = spec.LayerChain(
+    [spec.Dense("fc1"), spec.BatchNorm("norm"), spec.Dense("fc2")], input_shape=(4,)
+)
+PAPER_PARAMS = {
+    "fc1": {"kernel": jnp.full((4, 8), 0.5), "bias": jnp.ones(8)},  # F = 8
+    "norm": {"scale": jnp.full(8, 2.0), "bias": jnp.ones(8)},
+    "fc2": {"kernel": jnp.full((8, 2), 0.5), "bias": jnp.ones(2)},  # F = 4
+}
+PAPER_SCALES = {
+    # Below the norm: m = 0.5 * 2**2 / q, where q = F / out = 1 enters the norm.
+    "fc1": {"kernel": 1 / 2.0, "bias": 1 / 2.0},
+    # Below fc2: m = F / in = 0.5.
+    "norm": {"scale": 1 / 0.5, "bias": 1 / 0.5},
+    # m = 1; the kernel meets a signal of moment 2**2 + 1, the bias the constant one.
+    "fc2": {"kernel": 1 / 5.0, "bias": 1.0},
+}
+PAPER_LAYER_SCALES = {"fc1": 1 / 2.0, "norm": 1 / 0.5, "fc2": 1 / 5.0}
+
+
+def one_step(tx: optax.GradientTransformation, grads: Any, params: Any) -> Any:
+    """The updates and the state of the first step."""
+    return tx.update(grads, tx.init(params), params)
+
+
+def random_like(tree: Any, seed: int = 0) -> Any:
+    normal = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(normal(size=leaf.shape)), tree)
+
+
+def test_update_is_gradient_times_scale():
+    grads = random_like(PAPER_PARAMS)
+    updates, _ = one_step(bmo.scale_by_backmatch(PAPER_NET), grads, PAPER_PARAMS)
+    expected = jax.tree.map(jnp.multiply, grads, PAPER_SCALES)
+    assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+def test_each_parameter_of_a_conv_net_gets_the_scale_of_the_reference():
+    # Random biases and norms too: zeros and ones would hide a rule.
+    shapes = jax.eval_shape(
+        lambda: models.init_params(models.ConvNet(), models.CONV_NET)
+    )
+    params = random_like(shapes)
+    layers = [
+        {"kind": "conv", "path": "conv1"},
+        {"kind": "batch_norm", "path": "norm1"},
+        {"kind": "avg_pool", "window_shape": (2, 2), "strides": 2},
+        {"kind": "conv", "path": "conv2", "strides": 2},
+        {"kind": "batch_norm", "path": "norm2"},
+        {"kind": "global_avg_pool"},
+        {"kind": "dense", "path": "head"},
+    ]
+    expected = reference.layer_scales(
+        layers, jax.tree.map(np.asarray, params), models.CONV_NET.input_shape
+    )
+    tx = bmo.scale_by_backmatch(models.CONV_NET)
+    ones = optax.tree.ones_like(params)
+    updates, _ = jax.jit(tx.update)(ones, tx.init(params), params)
+    for layer, roles in updates.items():
+        for role, update in roles.items():
+            np.testing.assert_allclose(update, expected[f"{layer}/{role}"], rtol=1e-5)
+
+
+def test_empty_chain_is_the_identity():
+    empty = spec.LayerChain([], input_shape=(4,))
+    grads = random_like(PAPER_PARAMS)
+    updates, _ = one_step(
+        bmo.scale_by_backmatch(empty, unlisted="identity"), grads, PAPER_PARAMS
+    )
+    assert_trees_all_equal(updates, grads)
+
+
+def test_unlisted_parameter_passes_through_bitwise():
+    tx = bmo.scale_by_backmatch(PAPER_NET, unlisted="identity")
+    params = PAPER_PARAMS | {"temperature": jnp.ones(3)}
+    grads = random_like(params)
+    updates, _ = one_step(tx, grads, params)
+    assert_trees_all_equal(updates["temperature"], grads["temperature"])
+
+
+def test_missing_params_raise():
+    tx = bmo.scale_by_backmatch(PAPER_NET)
+    with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
+        tx.update(PAPER_PARAMS, tx.init(PAPER_PARAMS))
+
+
+def test_block_gives_all_its_parameters_one_scale():
+    def gate_moment(block: Any) -> Any:
+        return jnp.mean(block["inner"]["gate"] ** 2)
+
+    chain = spec.LayerChain(
+        [
+            spec.Dense("fc1"),
+            spec.Block("mixer", weight_curvature=8.0, input_curvature=gate_moment),
+            spec.Dense("fc2"),
+        ],
+        input_shape=(4,),
+    )
+    params = {
+        "fc1": {"kernel": jnp.ones((4, 8))},
+        "mixer": {"w": jnp.ones((3, 3)), "inner": {"gate": jnp.full(5, 4.0)}},
+        "fc2": {"kernel": jnp.full((8, 2), 0.5)},
+    }
+    ones = optax.tree.ones_like(params)
+    updates, _ = one_step(bmo.scale_by_backmatch(chain), ones, params)
+    # fc2 hands on m = F / in = 4 / 8.
+    expected = optax.tree.full_like(params["mixer"], 1 / (0.5 * 8.0))
+    assert_trees_all_close(updates["mixer"], expected, rtol=1e-6)
+    expected = optax.tree.full_like(params["fc1"], 1 / (0.5 * 4.0**2))
+    assert_trees_all_close(updates["fc1"], expected, rtol=1e-6)
+
+
+def test_float64_gradients_are_scaled_in_float64():
+    with jax.enable_x64(True):
+        params = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, jnp.float64) + 0.1, PAPER_PARAMS
+        )
+        gradient = optax.tree.full_like(params, 1 / 3)
+        updates, _ = one_step(bmo.scale_by_backmatch(PAPER_NET), gradient, params)
+        scale = bmo.layer_scales(params, PAPER_NET)["fc1"]
+        expected = np.full((4, 8), float(scale) / 3)
+    np.testing.assert_allclose(updates["fc1"]["kernel"], expected, rtol=1e-14)
+
+
+def test_float16_gradients_meet_scales_beyond_float16():
+    params = {
+        "fc1": {"kernel": jnp.full((4, 8), 0.5, jnp.float16)},
+        "fc2": {"kernel": jnp.full((8, 2), 2.0**-10, jnp.float16)},
+    }
+    chain = spec.LayerChain([spec.Dense("fc1"), spec.Dense("fc2")], input_shape=(4,))
+    gradient = optax.tree.full_like(params, 2.0**-10)
+    updates, _ = one_step(bmo.scale_by_backmatch(chain), gradient, params)
+    # m = F / in = 2**-19
+    np.testing.assert_allclose(updates["fc1"]["kernel"], 2.0**9, rtol=1e-3)
+
+
+# --- The state -----------------------------------------------------------------------
+
+
+def test_state_starts_as_ones_by_path():
+    state = bmo.scale_by_backmatch(PAPER_NET).init(PAPER_PARAMS)
+    scales = optax.tree.get(state, "layer_scales")
+    assert scales == {"fc1": 1.0, "norm": 1.0, "fc2": 1.0}
+
+
+def test_state_holds_the_scale_of_each_layers_kernel():
+    tx = bmo.scale_by_backmatch(PAPER_NET)
+    _, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)
+    assert isinstance(state, bmo.ScaleByBackmatchState)
+    assert_trees_all_close(state.layer_scales, PAPER_LAYER_SCALES, rtol=1e-6)
+
+
+def test_state_is_float32_scalars_before_and_after_a_step():
+    tx = bmo.scale_by_backmatch(PAPER_NET)
+    before = tx.init(PAPER_PARAMS)
+    _, after = tx.update(PAPER_PARAMS, before, PAPER_PARAMS)
+    for leaf in jax.tree.leaves((before, after)):
+        assert jax.typeof(leaf) == jax.typeof(jnp.float32(1))
+
+
+SGD = bmo.backmatch_sgd(0.1, PAPER_NET)
+WRAPPED = {
+    "nested chains": optax.chain(
+        optax.identity(),
+        optax.chain(optax.scale(2.0), bmo.scale_by_backmatch(PAPER_NET)),
+    ),
+    "inject_hyperparams": optax.inject_hyperparams(bmo.backmatch_sgd)(0.1, PAPER_NET),
+    "MultiSteps": optax.MultiSteps(SGD, every_k_schedule=1).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED)
+def test_scales_are_read_from_inside_wrappers(tx):
+    _, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)
+    scales = optax.tree.get(state, "layer_scales")
+    assert_trees_all_close(scales, PAPER_LAYER_SCALES, rtol=1e-6)
+
+
+# --- Its place in the chain ----------------------------------------------------------
+
+
+def test_weight_decay_before_the_scale_is_scaled_too():
+    tx = bmo.backmatch_sgd(1.0, PAPER_NET, momentum=None, weight_decay=0.1)
+    grads = random_like(PAPER_PARAMS)
+    updates, _ = one_step(tx, grads, PAPER_PARAMS)
+    expected = jax.tree.map(
+        lambda g, p, s: -(g + 0.1 * p) * s, grads, PAPER_PARAMS, PAPER_SCALES
+    )
+    assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
+def test_momentum_accumulates_scaled_gradients():
+    tx = bmo.backmatch_sgd(1.0, PAPER_NET, momentum=0.5, nesterov=False)
+    # Two steps at different parameters, hence with different scales.
+    steps = [(random_like(PAPER_PARAMS, seed), PAPER_PARAMS) for seed in (1, 2)]
+    steps[1] = (steps[1][0], random_like(PAPER_PARAMS, 3))
+    state = tx.init(PAPER_PARAMS)
+    updates = None
+    for grads, params in steps:
+        updates, state = tx.update(grads, state, params)
+    scaled = [one_step(bmo.scale_by_backmatch(PAPER_NET), *step)[0] for step in steps]
+    expected = jax.tree.map(lambda old, new: -(0.5 * old + new), *scaled)
+    assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
+def test_backmatch_sgd_is_the_chain_in_its_docstring():
+    mask = jax.tree.map(lambda leaf: leaf.ndim > 1, PAPER_PARAMS)
+    alias = bmo.backmatch_sgd(
+        0.02, PAPER_NET, weight_decay=5e-4, weight_decay_mask=mask
+    )
+    chain = optax.chain(
+        optax.add_decayed_weights(5e-4, mask),
+        bmo.scale_by_backmatch(PAPER_NET),
+        optax.sgd(0.02, momentum=0.9, nesterov=True),
+    )
+    results = []
+    for tx in (alias, chain):
+        params, state = PAPER_PARAMS, tx.init(PAPER_PARAMS)
+        for seed in range(4):
+            updates, state = tx.update(random_like(params, seed), state, params)
+            params = optax.apply_updates(params, updates)
+        results.append((params, state))
+    assert_trees_all_equal(*results)
+
+
+def test_learning_rate_may_be_a_schedule():
+    schedule = optax.piecewise_constant_schedule(1.0, {1: 0.25})
+    tx = bmo.backmatch_sgd(schedule, PAPER_NET, momentum=None)
+    first, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)
+    second, _ = tx.update(PAPER_PARAMS, state, PAPER_PARAMS)
+    assert_trees_all_close(second, optax.tree.scale(0.25, first), rtol=1e-6)
+
+
+def test_loss_goes_down_on_a_regression():
+    # A full-batch regression of a perceptron onto another one.
+    model = models.Mlp()
+    inputs = jax.random.normal(jax.random.key(1), (64, *models.MLP.input_shape))
+    teacher = models.init_params(model, models.MLP, seed=2)
+    targets: Any = model.apply({"params": teacher}, inputs)
+    tx = bmo.backmatch_sgd(0.02, models.MLP)
+
+    def loss_of(params: Any) -> jax.Array:
+        outputs: Any = model.apply({"params": params}, inputs)
+        return jnp.mean((outputs - targets) ** 2)
+
+    def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    params = models.init_params(model, models.MLP)
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=100))
+    _, losses = train((params, tx.init(params)))
+    assert losses[-1] < 0.1 * losses[0]
+
+
+# --- LSALR ---------------------------------------------------------------------------
+
+
+def lsalr(gradient: Any) -> Any:
+    return one_step(bmo.scale_by_lsalr(), gradient, None)[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_lsalr_follows_its_formula(dtype):
+    gradient = jnp.asarray([[3e-3, -4e-3], [0.0, 1.2e-2]], dtype)
+    exact = np.asarray(gradient, np.float64)
+    expected = exact * (1 + np.log(1 + 1 / np.linalg.norm(exact)))
+    result = np.asarray(lsalr(gradient), np.float64)
+    np.testing.assert_allclose(result, expected, rtol=float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e30])
+def test_lsalr_follows_its_formula_for_tiny_and_huge_gradients(size):
+    # The norm is a float32, its square is not.
+    gradient = jnp.full(4, size, jnp.float32)
+    expected = size * (1 + np.log1p(1 / (2 * size)))
+    np.testing.assert_allclose(lsalr(gradient), np.full(4, expected), rtol=1e-6)
+
+
+def test_lsalr_norm_of_float16_does_not_overflow():
+    gradient = jnp.full(4, 300.0, jnp.float16)
+    expected = 300 * (1 + np.log1p(1 / 600))
+    np.testing.assert_allclose(lsalr(gradient), np.full(4, expected), rtol=1e-3)
+
+
+def test_lsalr_leaves_a_gradient_of_zeros():
+    assert_trees_all_equal(lsalr(jnp.zeros((2, 2))), jnp.zeros((2, 2)))
+
+
+def test_lsalr_takes_the_norm_of_each_array_alone():
+    pair = {"a": jnp.full(4, 0.5), "b": jnp.full(4, 50.0)}
+    expected = {name: lsalr(gradient) for name, gradient in pair.items()}
+    assert_trees_all_equal(lsalr(pair), expected)
