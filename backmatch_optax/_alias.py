@@ -9,6 +9,7 @@ import jax
 import optax
 
 from backmatch_optax import spec as _spec
+from backmatch_optax._layer_scales import NORM_FLOOR
 from backmatch_optax._locate import Unlisted
 from backmatch_optax._moments import Gains
 from backmatch_optax._transform import scale_by_backmatch
@@ -23,6 +24,7 @@ def backmatch_sgd(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     gains: Gains = "paper",
+    norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with layer-wise rates from back-matching propagation.
@@ -46,6 +48,7 @@ def backmatch_sgd(
       weight_decay_mask: a tree with booleans, or a function from parameters to one,
         that tells which parameters decay; None for all.
       gains: `"paper"`, or `"mean_field"` for exact Gaussian gains; see `layer_scales`.
+      norm_floor: the least that a scale divides by; see `layer_scales`.
       unlisted: `"error"`, or `"identity"` to leave the gradients of parameters that no
         declared layer covers as they are.
 
@@ -72,6 +75,6 @@ def backmatch_sgd(
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        scale_by_backmatch(spec, gains=gains, unlisted=unlisted),
+        scale_by_backmatch(spec, gains=gains, norm_floor=norm_floor, unlisted=unlisted),
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
     )

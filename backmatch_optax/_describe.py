@@ -10,7 +10,7 @@ import optax
 
 from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
-from backmatch_optax._layer_scales import MIN_SQUARED_NORM, walk
+from backmatch_optax._layer_scales import NORM_FLOOR, walk
 from backmatch_optax._locate import Unlisted
 from backmatch_optax._moments import Gains
 from backmatch_optax._positive import Positive, evaluate
@@ -25,6 +25,7 @@ def describe(
     params: optax.Params,
     *,
     gains: Gains = "paper",
+    norm_floor: float = NORM_FLOOR,
     unlisted: Unlisted = "error",
 ) -> str:
     """A table of the chain: what was understood, and the scale that comes of it.
@@ -44,13 +45,15 @@ def describe(
       spec: the declared chain.
       params: the model's parameters, concrete arrays.
       gains: `"paper"` or `"mean_field"`; see `layer_scales`.
+      norm_floor: the least that a scale divides by; see `layer_scales`.
       unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
 
     Returns:
       The table as text.
 
     Raises:
-      ValueError: where the chain does not fit the parameters; see `check_spec`.
+      ValueError: where the chain does not fit the parameters, see `check_spec`, or
+        where these are not concrete.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -70,20 +73,27 @@ def describe(
       BatchNorm                8       1          1  0.5
       Dense      fc2   8*2     2       1          1  1    1
     """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "describe writes numbers and needs concrete arrays; under jit, return "
+            "layer_scales(params, spec) instead"
+        )
     sites = walk(params, spec, gains=gains, unlisted=unlisted)
-    rows = [_HEADER, *_rows(sites, depth=0)]
+    rows = [_HEADER, *_rows(sites, norm_floor, depth=0)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
+def _rows(
+    sites: Sequence[Site], norm_floor: float, depth: int
+) -> Iterator[tuple[str, ...]]:
     indent = "  " * depth
     for site in sites:
         link = site.link
         scale = kernel = ""
         if site.params:
             role = next(iter(site.params))
-            scale = _figure(_recursion.scale(site, role), MIN_SQUARED_NORM)
+            scale = _figure(_recursion.scale(site, role), norm_floor)
             if link.owns_subtree:
                 kernel = f"{len(jax.tree.leaves(site.params))} arrays"
             else:
@@ -100,9 +110,9 @@ def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
         )
         for arm, chain in site.arms.items():
             yield (f"{indent}  {arm}:", *[""] * (len(_HEADER) - 1))
-            yield from _rows(chain, depth + 2)
+            yield from _rows(chain, norm_floor, depth + 2)
 
 
-def _figure(value: Positive, floor: float = 0.0) -> str:
+def _figure(value: Positive, floor: float | None = None) -> str:
     (evaluated,) = evaluate([value], jnp.dtype(jnp.float32), floor=floor)
     return f"{float(evaluated):.4g}"

@@ -6,23 +6,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax._locate import Unlisted, locate
 from backmatch_optax._moments import Gains, Moments
-from backmatch_optax._param_paths import join
-from backmatch_optax._positive import Positive, evaluate, number
+from backmatch_optax._param_paths import join, text
+from backmatch_optax._positive import Positive, evaluate, number, wide
 from backmatch_optax._site import Site
 
-# A measured norm below this counts as this much where a scale divides by it; 1 is a
-# kernel or a BatchNorm that keeps its signal's size. It matters where training starts
-# from zeros, a zero-initialised head or last BatchNorm of a residual branch: what lies
-# behind is scaled by the norm's reciprocal while its gradient grows with the norm's
-# root, so that the second step would throw it far away.
-MIN_SQUARED_NORM = 0.1
+# It matters where training starts from zeros, a zero-initialised head or last BatchNorm
+# of a residual branch: what lies behind is scaled by the norm's reciprocal while its
+# gradient grows with the norm's root, so that the second step would throw it far away.
+NORM_FLOOR = 0.1
 
 
 def layer_scales(
@@ -30,6 +27,7 @@ def layer_scales(
     spec: _spec.LayerChain,
     *,
     gains: Gains = "paper",
+    norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
     unlisted: Unlisted = "error",
 ) -> dict[str, jax.Array]:
     r"""The scale of every declared layer: what its gradient is to be multiplied by.
@@ -53,6 +51,12 @@ def layer_scales(
         what it does to a Gaussian signal in a wide network, with the mean that a
         BatchNorm removes told apart from the variance it divides by, pooling on
         activations and taps that fall on padding taken into account.
+      norm_floor: where a scale divides by a kernel's `||W||^2_{2,mu}` (BM 3.1; by the
+        mean square of a normalisation's scale), it divides by no less than this; 1 is a
+        kernel that keeps its signal's size. With the default, a network with a
+        zero-initialised head, or a zero-initialised BatchNorm at the end of a residual
+        branch, learns. 0 is the papers' rule to the letter. Where a norm cancels, as
+        that of every kernel below a BatchNorm does, it plays no part.
       unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
 
     Returns:
@@ -62,22 +66,16 @@ def layer_scales(
       since it meets a constant instead of the layer's input. The dtype is float32, or
       float64 where a declared parameter is.
 
-      Where a scale divides by a kernel's `||W||^2_{2,mu}` (BM 3.1; by the mean square
-      of a normalisation's scale), it divides by no less than 0.1: so that a network
-      with a zero-initialised head, or a zero-initialised BatchNorm at the end of a
-      residual branch, learns. Where a norm cancels, as that of every kernel below a
-      BatchNorm does, there is no such bound. A kernel of zeros below a BatchNorm counts
-      as one that keeps its signal's size, so that it can move. What has overflowed
-      float32 counts as its largest number, and NaN in a parameter is NaN in the scales
-      it enters.
+      A kernel of zeros below a BatchNorm counts as one that keeps its signal's size,
+      so that it can move. What has overflowed float32 counts as its largest number, and
+      NaN in a parameter is NaN in the scales it enters.
 
     Raises:
       ValueError: where the chain does not fit the parameters, see `check_spec`, or
         where `gains` or `unlisted` is none of the above.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> import backmatch_optax as bmo
+      >>>       >>> import backmatch_optax as bmo
       >>> from backmatch_optax import spec
       >>> net = spec.LayerChain(
       ...     [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")],
@@ -87,11 +85,13 @@ def layer_scales(
       ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
       ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
       ... }
-      >>> {path: float(scale) for path, scale in bmo.layer_scales(params, net).items()}
-      {'fc1': 2.0, 'fc2': 1.0}
+      >>> for path, scale in bmo.layer_scales(params, net).items():
+      ...     print(path, scale.round(4))
+      fc1 2.0
+      fc2 1.0
     """
     sites = walk(params, spec, gains=gains, unlisted=unlisted)
-    return dict(layer_scales_of(sites, scale_of_params(sites)))
+    return dict(layer_scales_of(sites, scale_of_params(sites, norm_floor)))
 
 
 def walk(
@@ -100,6 +100,12 @@ def walk(
     """The chain's sites with moments and `m` filled in by the two passes."""
     check_gains(gains)
     sites = locate(spec, params, unlisted=unlisted)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{text(path)!r} is a ShapeDtypeStruct, but scales need concrete "
+                "arrays; check_spec does with shapes"
+            )
     for site in every(sites):
         site.mean_field = gains == "mean_field"
     # The input counts as whitened, and the derivative of the loss with respect to the
@@ -134,7 +140,9 @@ def _owns_params(site: Site) -> bool:
     return bool(site.params)
 
 
-def scale_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
+def scale_of_params(
+    sites: Sequence[Site], norm_floor: jax.typing.ArrayLike
+) -> dict[str, jax.Array]:
     """The scale of every declared parameter by its path; of a Block by the block's."""
     numbers: dict[str, Positive] = {}
     leaves: list[Any] = []
@@ -146,8 +154,8 @@ def scale_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
             continue
         for role in site.params:
             numbers[join(link.path, role)] = _recursion.scale(site, role)
-    dtype = jnp.result_type(jnp.float32, *leaves)
-    values = evaluate(list(numbers.values()), dtype, floor=MIN_SQUARED_NORM)
+    dtype = wide(*(leaf.dtype for leaf in leaves))
+    values = evaluate(list(numbers.values()), dtype, floor=norm_floor)
     return dict(zip(numbers, values, strict=True))
 
 

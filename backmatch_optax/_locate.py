@@ -58,8 +58,8 @@ def locate(
     """The links at their places, with shapes and parameters (see `check_spec`)."""
     if not isinstance(spec, _spec.LayerChain):
         raise ValueError(
-            f"spec must be a backmatch_optax.spec.LayerChain, but it is {spec!r}, a "
-            f"{type(spec).__name__}"
+            "spec must be a backmatch_optax.spec.LayerChain, but it is "
+            + _spec.kind_of(spec)
         )
     if unlisted not in ("error", "identity"):
         raise ValueError(f"unlisted (={unlisted!r}) must be 'error' or 'identity'")
@@ -132,7 +132,13 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
         elif role in link.required_roles:
             raise ValueError(paths.missing(join(path, role)))
     if not params:
-        raise ValueError(paths.missing(join(path, link.roles[0])))
+        raise ValueError(
+            f"{paths.missing(join(path, link.roles[0]))} One without parameters is "
+            f"spec.{type(link).__name__}()."
+        )
+    for role, leaf in params.items():
+        if 0 in jnp.shape(leaf):
+            raise ValueError(f"its {role} of shape {leaf.shape} holds nothing")
     return params
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backmatch_optax._param_paths import listed, text
+from backmatch_optax._param_paths import (
+    ParamPaths,
+    is_masked,
+    listed,
+    masked_text,
+    text,
+)
 from backmatch_optax._transform import scaled
 
 LayerOf = Callable[[str], str]
@@ -96,7 +101,7 @@ def measure_layer_scales(
     sizes = layer_sizes(params, layer_of)
     samples = jnp.stack(
         [
-            _probe(fn, layer_of, params, inputs, probe_key)
+            _jitted_probe(fn, layer_of, params, inputs, probe_key)
             for probe_key in jax.random.split(key, probes)
         ]
     )
@@ -113,8 +118,9 @@ def measure_layer_scales(
 def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
     """How many coordinates each layer has, in the order of the tree."""
     sizes: dict[str, int] = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = text(key_path)
+    for path, leaf in ParamPaths(params).leaves.items():
+        if is_masked(leaf):
+            raise ValueError(masked_text(path))
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
@@ -126,7 +132,6 @@ def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
     return sizes
 
 
-@functools.partial(jax.jit, static_argnames=("fn", "layer_of"))
 def _probe(
     fn: Callable[..., Any],
     layer_of: LayerOf,
@@ -151,6 +156,9 @@ def _probe(
         totals[layer] = total + totals.get(layer, 0.0)
     sizes = layer_sizes(params, layer_of)
     return jnp.stack([totals[layer] / (size * batch) for layer, size in sizes.items()])
+
+
+_jitted_probe = jax.jit(_probe, static_argnames=("fn", "layer_of"))
 
 
 def _batch_size(outputs: Any) -> int:
@@ -212,6 +220,9 @@ def scale_by_measured_backmatch(
       decay: how much of the running average each refresh keeps, in [0, 1).
       layer_of: maps the path of a parameter to the name of its layer; all parameters of
         a layer share one scale. By default a module is a layer.
+
+    Under `optax.inject_hyperparams`, name `key`, `refresh_every` and `layer_of` in its
+    `static_args`.
 
     Returns:
       A gradient transformation with state `ScaleByMeasuredBackmatchState`, whose

@@ -39,19 +39,33 @@ def listed(paths: Iterable[str]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _is_masked(node: Any) -> bool:
+def is_masked(node: Any) -> bool:
+    """Whether a leaf or module is hidden by `optax.masked` or `optax.partition`."""
     return isinstance(node, optax.MaskedNode)
+
+
+def masked_text(path: str) -> str:
+    """What to do about a masked parameter."""
+    return (
+        f"{path!r} is masked, but the scales depend on all layers: scale outside and "
+        "mask or freeze inside, optax.chain(scale_by_backmatch(spec), optax.masked(...))"
+    )
 
 
 class ParamPaths:
     """The parameters of a tree by path text."""
 
     def __init__(self, params: optax.Params):
-        entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)[0]
-        self.leaves = {text(key_path): leaf for key_path, leaf in entries}
+        entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
+        self.leaves: dict[str, Any] = {}
+        for key_path, leaf in entries:
+            path = text(key_path)
+            if path in self.leaves:
+                raise ValueError(f"two parameters have the path {path!r}")
+            self.leaves[path] = leaf
         self._below: dict[str, list[str]] = {"": list(self.leaves)}
         for path in self.leaves:
-            for end in (i for i, char in enumerate(path + "/") if char == "/"):
+            for end in (i for i, char in enumerate(path + "/") if char == "/" and i):
                 self._below.setdefault(path[:end], []).append(path)
         self.claimed: set[str] = set()
 
@@ -67,20 +81,25 @@ class ParamPaths:
         """
         found = self.below(path)
         if not found:
+            self._refuse_masked_module(path)
             return None
         if len(found) > 1:
             raise ValueError(
                 f"expected one array at {path!r}, but found {listed(found)}"
             )
         leaf = self.leaves[found[0]]
-        if _is_masked(leaf):
-            raise ValueError(
-                f"{path!r} is masked. Its norm enters the scales of the layers below, "
-                "so the transformation has to see it: scale outside and mask or freeze "
-                "inside, optax.chain(scale_by_backmatch(spec), optax.masked(...))"
-            )
+        if is_masked(leaf):
+            raise ValueError(masked_text(path))
         self.claimed.update(found)
         return leaf
+
+    def _refuse_masked_module(self, path: str) -> None:
+        """A mask for a whole module leaves one masked node in its place."""
+        modules = path.split("/")
+        for end in range(len(modules)):
+            module = "/".join(modules[:end])
+            if is_masked(self.leaves.get(module)):
+                raise ValueError(masked_text(module))
 
     def subtree(self, path: str) -> dict[str, Any]:
         """Everything below a path, as nested dicts of arrays."""

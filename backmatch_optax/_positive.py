@@ -104,8 +104,16 @@ class Positive:
                 right_order < left_order, right_log, jnp.logaddexp(left_log, right_log)
             ),
         )
+        hidden = jnp.isnan(left_log) | jnp.isnan(right_log)  # a NaN must not be
+        log = jnp.where(hidden, jnp.nan, log)
         total = Atom(log, jnp.minimum(left_order, right_order))
         return shared * Positive(0.0, {total: 1})
+
+
+def wide(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The dtype to compute in: float32, or float64 where one of them is."""
+    widest = max((jnp.finfo(dtype).bits for dtype in dtypes), default=32)
+    return jnp.dtype(jnp.float64 if widest == 64 else jnp.float32)
 
 
 def number(value: float) -> Positive:
@@ -117,10 +125,11 @@ def measured(value: jax.Array) -> Positive:
     """A non-negative scalar array of float32 or wider.
 
     Zero counts as an infinitesimal whose coefficient is one; what has overflowed counts
-    as the largest finite number; NaN stays NaN.
+    as the largest finite number; NaN stays NaN, and a negative number becomes one.
     """
     limits = jnp.finfo(value.dtype)
-    is_zero = value < limits.tiny  # subnormals too: XLA may flush them to zero in `log`
+    # Subnormals too: XLA may flush them to zero in `log`.
+    is_zero = jnp.abs(value) < limits.tiny
     finite = jnp.minimum(jnp.where(is_zero, 1, value), limits.max)
     return Positive(0.0, {Atom(jnp.log(finite), is_zero.astype(value.dtype)): 1})
 
@@ -132,7 +141,10 @@ def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:
 
 
 def evaluate(
-    values: Sequence[Positive], dtype: jnp.dtype, *, floor: float = 0.0
+    values: Sequence[Positive],
+    dtype: jnp.dtype,
+    *,
+    floor: jax.typing.ArrayLike | None = None,
 ) -> list[jax.Array]:
     """The numbers as finite scalars of `dtype`, within its normal range.
 
@@ -140,7 +152,7 @@ def evaluate(
     measured number below `floor` counts as `floor` where it is divided by.
     """
     if sum(len(value.powers) for value in values) <= _MAX_TERMS_EACH * len(values):
-        logs = [_floored_log(value, floor) for value in values]
+        logs = [_floored_log(value, dtype, floor) for value in values]
     else:
         logs = _logs_as_matrix_product(values, dtype, floor)
     limits = jnp.finfo(dtype)
@@ -162,24 +174,29 @@ def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
     ]
 
 
-def _raised(atom: Atom, floor: float) -> jax.Array:
+def _raised(atom: Atom, floor: jax.typing.ArrayLike | None) -> jax.Array:
     """The log of an atom, no less than that of the floor."""
-    if not floor:
+    if floor is None:
         return atom.log
-    lowest = math.log(floor)
-    return jnp.where(atom.order > 0, lowest, jnp.maximum(atom.log, lowest))
+    lowest = jnp.log(jnp.asarray(floor, atom.log.dtype))  # -inf where there is none
+    zero = jnp.where(lowest > -jnp.inf, lowest, 0)
+    return jnp.where(atom.order > 0, zero, jnp.maximum(atom.log, lowest))
 
 
-def _floored_log(value: Positive, floor: float) -> jax.Array | float:
+def _floored_log(
+    value: Positive, dtype: jnp.dtype, floor: jax.typing.ArrayLike | None
+) -> jax.Array | float:
     terms = (
-        power * (atom.log if power > 0 else _raised(atom, floor))
+        power * (atom.log if power > 0 else _raised(atom, floor)).astype(dtype)
         for atom, power in value.powers.items()
     )
     return sum(terms, value.log_constant)
 
 
 def _logs_as_matrix_product(
-    values: Sequence[Positive], dtype: jnp.dtype, floor: float
+    values: Sequence[Positive],
+    dtype: jnp.dtype,
+    floor: jax.typing.ArrayLike | None,
 ) -> list[jax.Array]:
     """All logs as `powers @ atom_logs + constants`, for numbers of many terms."""
     column: dict[tuple[Atom, bool], int] = {}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from backmatch_optax._moments import Moments
-from backmatch_optax._positive import Positive, measured, number
+from backmatch_optax._positive import Positive, measured, number, wide
 
 if TYPE_CHECKING:
     from backmatch_optax.spec import Link
@@ -90,5 +90,4 @@ class Site:
 def _mean_over_last(leaf: jax.Array) -> jax.Array:
     # At least float32: squares overflow float16 from 256 on. One plain reduction over
     # all axes: a reshape would gather, or refuse, a sharded kernel.
-    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    return jnp.sum(jnp.square(wide)) / leaf.shape[-1]
+    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) / leaf.shape[-1]

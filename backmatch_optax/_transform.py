@@ -10,6 +10,7 @@ import optax
 
 from backmatch_optax import spec as _spec
 from backmatch_optax._layer_scales import (
+    NORM_FLOOR,
     check_gains,
     layer_scales_of,
     scale_of_params,
@@ -18,6 +19,7 @@ from backmatch_optax._layer_scales import (
 from backmatch_optax._locate import Unlisted, check_spec
 from backmatch_optax._moments import Gains
 from backmatch_optax._param_paths import text
+from backmatch_optax._positive import wide
 
 
 class ScaleByBackmatchState(NamedTuple):
@@ -35,6 +37,7 @@ def scale_by_backmatch(
     spec: _spec.LayerChain,
     *,
     gains: Gains = "paper",
+    norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each layer's gradient by its back-matched scale.
@@ -68,6 +71,8 @@ def scale_by_backmatch(
     Args:
       spec: the declared layer chain of the model.
       gains: `"paper"`, or `"mean_field"` for exact Gaussian gains; see `layer_scales`.
+      norm_floor: the least that a scale divides by, so that training from zeros works;
+        0 is the papers' rule to the letter; see `layer_scales`.
       unlisted: what to do about parameters that no declared layer covers: `"error"`
         (at `init`), or `"identity"` to leave their gradients as they are.
 
@@ -101,8 +106,10 @@ def scale_by_backmatch(
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
       >>> scales = optax.tree.get(state, "layer_scales")
-      >>> {path: float(scale) for path, scale in scales.items()}
-      {'fc1': 2.0, 'fc2': 1.0}
+      >>> for path, scale in scales.items():
+      ...     print(path, scale.round(4))
+      fc1 2.0
+      fc2 1.0
 
     References:
       Zhang, Chen, Liu, `Train Feedforward Neural Network with Layer-wise Adaptive Rate
@@ -138,10 +145,10 @@ def scale_by_backmatch(
                 "scale_by_backmatch computes its scales from the parameters: call "
                 "update(updates, state, params), but params is None"
             )
-        if _is_leafless(params):
+        if _is_leafless(params) and _is_leafless(updates):
             return updates, state
         sites = walk(params, spec, gains=gains, unlisted=unlisted)
-        scales = scale_of_params(sites)
+        scales = scale_of_params(sites, norm_floor)
         scaled_updates = jax.tree_util.tree_map_with_path(
             lambda key_path, update: scaled(update, _find(scales, text(key_path))),
             updates,
@@ -175,8 +182,8 @@ def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
     if scale is None:
         return update
     # In the wider of the two dtypes: a scale above 65504 is no float16.
-    wide = jnp.promote_types(update.dtype, scale.dtype)
-    return (update.astype(wide) * scale.astype(wide)).astype(update.dtype)
+    dtype = wide(update.dtype, scale.dtype)
+    return (update.astype(dtype) * scale.astype(dtype)).astype(update.dtype)
 
 
 def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
@@ -224,8 +231,13 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
 
 
 def _scaled_by_own_norm(update: jax.Array) -> jax.Array:
-    wide = update.astype(jnp.promote_types(update.dtype, jnp.float32))
-    norm = jnp.sqrt(jnp.sum(jnp.square(wide)))
-    safe = jnp.where(norm > 0, norm, 1)
+    entries = update.astype(wide(update.dtype))
+    # Squares of what is tiny or huge would leave the range of the dtype.
+    largest = jnp.max(jnp.abs(entries), initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    norm = unit * jnp.sqrt(jnp.sum(jnp.square(entries / unit)))
     # log(1 + 1 / norm), written so that a tiny norm does not overflow.
-    return scaled(update, 1 + jnp.log1p(safe) - jnp.log(safe))
+    logarithm = jnp.where(
+        norm > 1, jnp.log1p(1 / norm), jnp.log1p(norm) - jnp.log(norm)
+    )
+    return scaled(update, jnp.where(norm > 0, 1 + logarithm, 1))

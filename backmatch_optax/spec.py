@@ -22,6 +22,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -30,7 +32,7 @@ import jax.numpy as jnp
 
 from backmatch_optax import _recursion
 from backmatch_optax._moments import Moments, after_activation, after_max_pool
-from backmatch_optax._positive import Positive, measured, number
+from backmatch_optax._positive import Positive, measured, number, wide
 from backmatch_optax._site import Shape, Site
 from backmatch_optax._windows import (
     SIZE_KEEPING,
@@ -83,6 +85,8 @@ ACTIVATIONS = (
     "tanh",
 )
 
+_LARGEST = sys.float_info.max
+
 # A Block's curvature: a number, or a function of the block's parameters.
 Curvature = float | Callable[[Mapping[str, Any]], jax.typing.ArrayLike]
 
@@ -106,7 +110,9 @@ class Link:
         try:
             self.validate()
         except ValueError as error:
-            raise ValueError(f"{self!r}: {error}") from None
+            name = repr(self)
+            name = name if len(name) <= 80 else f"{name[:80]}..."
+            raise ValueError(f"{name}: {error}") from None
 
     def validate(self) -> None:
         """Checks, and may normalise, the arguments; raises `ValueError`."""
@@ -151,11 +157,13 @@ class Link:
         arguments = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is field.default or value == field.default:
+            if type(value) is type(field.default) and value == field.default:
                 continue
-            text = value.__qualname__ if callable(value) else repr(value)
+            text = getattr(value, "__qualname__", None) or repr(value)
             arguments.append(f"{field.name}={text}" if field.kw_only else text)
-        return f"spec.{type(self).__name__}({', '.join(arguments)})"
+        name = type(self).__name__
+        module = "spec." if type(self).__module__ == __name__ else ""
+        return f"{module}{name}({', '.join(arguments)})"
 
     def _canonical(self, **fields: Any) -> None:
         """Writes normalised arguments into the frozen dataclass."""
@@ -273,6 +281,10 @@ class Conv(_Linear):
     def validate(self) -> None:
         _check_path(self.path)
         groups = canonical_counts("feature_group_count", self.feature_group_count)
+        if not isinstance(self.feature_group_count, int):
+            raise ValueError(
+                f"feature_group_count (={groups!r}) must be a positive int"
+            )
         self._canonical(
             strides=canonical_counts("strides", self.strides),
             padding=canonical_padding(self.padding, ("VALID", *SIZE_KEEPING)),
@@ -294,6 +306,8 @@ class Conv(_Linear):
                 f"features of its kernel of shape {kernel}"
             )
         _check_vector("bias", param_shapes, kernel[-1])
+        if self.padding == "CAUSAL" and len(kernel) != 3:
+            raise ValueError("padding 'CAUSAL' is for one spatial dimension alone")
         sizes = output_sizes(
             input_shape[:-1],
             kernel[:-2],
@@ -763,12 +777,12 @@ class Scale(Link):
     factor: float
 
     def validate(self) -> None:
-        try:
-            self._canonical(factor=float(self.factor))
-        except (TypeError, ValueError):
-            self._canonical(factor=math.nan)
-        if not 0.0 < abs(self.factor) < math.inf:
-            raise ValueError("factor must be a finite number other than zero")
+        factor = self.factor
+        if not isinstance(factor, numbers.Real) or not 0.0 < abs(factor) < math.inf:
+            raise ValueError(
+                f"factor (={factor!r}) must be a finite number other than zero"
+            )
+        self._canonical(factor=float(factor))
 
     def moments_after(self, here: Site) -> Moments:
         return here.moments * self.factor**2
@@ -823,15 +837,14 @@ class Block(Link):
             value = getattr(self, name)
             if callable(value):
                 continue
-            try:
-                self._canonical(**{name: float(value)})
-            except TypeError:
+            if not isinstance(value, numbers.Real):
                 raise ValueError(
                     f"{name} (={value!r}) must be a positive number or a function of "
                     "the block's parameters"
-                ) from None
-            if not 0.0 < getattr(self, name) < math.inf:
+                )
+            if not 0.0 < value < _LARGEST:
                 raise ValueError(f"{name} (={value!r}) must be positive and finite")
+            self._canonical(**{name: float(value)})
         if self.output_shape is not None:
             self._canonical(
                 output_shape=_checked_shape("output_shape", self.output_shape)
@@ -862,13 +875,17 @@ class Block(Link):
         declared = getattr(self, name)
         if not callable(declared):
             return number(declared)
-        value = jnp.asarray(declared(here.params))
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        value = declared(here.params)
+        if isinstance(value, float):
+            value = jnp.float32(value)
+        dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            found = kind_of(value) if dtype is None else f"shape {shape} of {dtype}"
             raise ValueError(
                 f"spec layer {here.label}: {name} must return a real scalar, but it "
-                f"returned shape {value.shape} of {value.dtype}"
+                f"returned {found}"
             )
-        return measured(value.astype(jnp.promote_types(value.dtype, jnp.float32)))
+        return measured(jnp.asarray(value, wide(dtype)))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -963,13 +980,13 @@ class LayerChain:
         object.__setattr__(self, "input_shape", input_shape)
         owners: dict[str, Any] = {}
         for link in _with_paths(layers):
-            owner = owners.setdefault(link.path, link)
-            if owner is not link:
+            if link.path in owners:
                 raise ValueError(
-                    f"LayerChain: two layers declare the path {link.path!r}: {owner} "
-                    f"and {link}. A module used twice has no scale of its own; declare "
-                    "each path once."
+                    f"LayerChain: two layers declare the path {link.path!r}: "
+                    f"{owners[link.path]} and {link}. A module used twice has no scale "
+                    "of its own; declare each path once."
                 )
+            owners[link.path] = link
         for path, link in owners.items():
             for block in owners.values():
                 inside = path.startswith(f"{block.path}/") or block.path == ""
@@ -992,6 +1009,19 @@ class LayerChain:
         )
 
 
+def kind_of(value: Any) -> str:
+    """What a wrong argument is, for an error message; short whatever it holds."""
+    if value is None:
+        return "None"
+    if isinstance(value, str | int | float):
+        return f"{value!r}, a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"a {module}{kind.__qualname__}"
+
+
 def _with_paths(links: Iterable[Link]) -> Iterator[Any]:
     """The links with parameters, those inside other links too, input to output."""
     for link in links:
@@ -1009,7 +1039,7 @@ def _checked_links(name: str, links: Any) -> tuple[Link, ...]:
         if not isinstance(link, Link):
             raise ValueError(
                 f"{name}[{index}] must be a link such as spec.Dense('Dense_0'), but it "
-                f"is {link!r}, a {type(link).__name__}"
+                f"is {kind_of(link)}"
             )
     return links
 

@@ -21,12 +21,15 @@ from backmatch_optax import spec
 Params = dict[str, Any]
 
 
-def scales_of(chain: spec.LayerChain, params: Params) -> dict[str, float]:
+def scales_of(
+    chain: spec.LayerChain, params: Params, norm_floor: float = 0.0
+) -> dict[str, float]:
     """What the update of each parameter is multiplied by, by the parameter's path.
 
-    Updates of ones come back as the scales, which is all that a user ever sees.
+    Updates of ones come back as the scales, which is all that a user ever sees. Without
+    a floor for small norms, which the papers do not have.
     """
-    transformation = bmo.scale_by_backmatch(chain)
+    transformation = bmo.scale_by_backmatch(chain, norm_floor=norm_floor)
     updates, _ = transformation.update(
         jax.tree.map(ones_for, params), transformation.init(params), params
     )
@@ -444,6 +447,27 @@ def test_layers_inside_a_branch_of_zeros_have_the_scales_of_one_that_is_not():
     expected = scales_of(RESIDUAL, residual_params(1.0))
     for name in ("branch1/kernel", "branch2/kernel", "last_norm/scale"):
         np.testing.assert_allclose(scales[name], expected[name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-20, 0.03])
+def test_a_small_head_counts_as_the_floor_to_the_layers_below(size):
+    chain = dense_chain("a b c", normalized=False)
+    params = dense_params("a b c")
+
+    def with_head(squared_row_norm, floor):
+        head = {"kernel": jnp.full((4, 4), (squared_row_norm / 4) ** 0.5)}
+        return scales_of(chain, params | {"c": head}, floor)
+
+    assert_close(with_head(size, 0.1), with_head(0.1, 0.0), 1e-5)
+    assert_close(with_head(0.2, 0.1), with_head(0.2, 0.0), 1e-6)
+
+
+def test_a_small_kernel_below_a_batch_norm_knows_no_floor():
+    chain = dense_chain("a b c", normalized=True)
+    params = dense_params("a b c")
+    small = params | {"a": {"kernel": 1e-4 * params["a"]["kernel"]}}
+    with_floor, without = (scales_of(chain, small, floor) for floor in (0.1, 0.0))
+    assert_close(with_floor, without, 1e-6)
 
 
 @pytest.mark.parametrize("normalized", [False, True])

@@ -23,6 +23,7 @@ FUNCTIONS = {
     "check_spec": ["spec", "params"],
     "compare_scales": ["spec", "params", "fn", "inputs"],
     "describe": ["spec", "params"],
+    "infer_spec": ["model", "inputs", "kwargs"],
     "layer_scales": ["params", "spec"],
     "measure_layer_scales": ["fn", "params", "inputs"],
     "scale_by_backmatch": ["spec"],

@@ -476,4 +476,5 @@ def test_a_spec_is_no_hyperparameter_to_inject():
     params = models.init_params(models.Mlp(), models.MLP)
     optimizer = optax.inject_hyperparams(bmo.backmatch_sgd)(0.1, models.MLP)
     state: Any = optimizer.init(params)
-    assert set(state.hyperparams) == {"learning_rate", "momentum", "weight_decay"}
+    numbers = {"learning_rate", "momentum", "norm_floor", "weight_decay"}
+    assert set(state.hyperparams) == numbers
