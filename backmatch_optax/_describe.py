@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
@@ -73,7 +74,7 @@ def describe(
       BatchNorm                8       1          1  0.5
       Dense      fc2   8*2     2       1          1  1    1
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError(
             "describe writes numbers and needs concrete arrays; under jit, return "
             "layer_scales(params, spec) instead"

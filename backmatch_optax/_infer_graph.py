@@ -83,8 +83,8 @@ def leaf(kind: str, path: str, shape: tuple[int, ...], dtype: Any) -> Node:
     return Node(kind, shape=shape, dtype=dtype, path=path, origins=frozenset({kind}))
 
 
-def read(closed: jex.core.ClosedJaxpr, arguments: Sequence[Node]) -> list[Node]:
-    """The outputs of a jaxpr as nodes; inputs get a common dominator."""
+def read(closed: Any, arguments: Sequence[Node]) -> list[Node]:
+    """The outputs of a closed jaxpr as nodes; inputs get a common dominator."""
     everything = Node("inputs")
     for argument in arguments:
         if argument.flows:

@@ -75,7 +75,8 @@ def layer_scales(
         where `gains` or `unlisted` is none of the above.
 
     Examples:
-      >>>       >>> import backmatch_optax as bmo
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
       >>> from backmatch_optax import spec
       >>> net = spec.LayerChain(
       ...     [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")],

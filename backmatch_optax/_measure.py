@@ -292,7 +292,7 @@ def scale_by_measured_backmatch(
             sample = _probe(outputs_fn, layer_of, params, (), probe_key)
             curvatures = decay * state.curvatures + (1 - decay) * sample
             refreshes = state.steps // refresh_every + 1
-            average = curvatures / (1 - jnp.power(decay, refreshes))
+            average = jnp.divide(curvatures, 1 - jnp.power(decay, refreshes))
             return state._replace(
                 key=next_key, curvatures=curvatures, layer_scales=_reciprocal(average)
             )

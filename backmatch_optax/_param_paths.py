@@ -48,7 +48,8 @@ def masked_text(path: str) -> str:
     """What to do about a masked parameter."""
     return (
         f"{path!r} is masked, but the scales depend on all layers: scale outside and "
-        "mask or freeze inside, optax.chain(scale_by_backmatch(spec), optax.masked(...))"
+        "mask or freeze inside, "
+        "optax.chain(scale_by_backmatch(spec), optax.masked(...))"
     )
 
 

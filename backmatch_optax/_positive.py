@@ -15,8 +15,9 @@ but two, whatever the depth.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import jax
@@ -152,7 +153,8 @@ def evaluate(
     measured number below `floor` counts as `floor` where it is divided by.
     """
     if sum(len(value.powers) for value in values) <= _MAX_TERMS_EACH * len(values):
-        logs = [_floored_log(value, dtype, floor) for value in values]
+        raised = functools.cache(lambda atom: _raised(atom, floor).astype(dtype))
+        logs = [_floored_log(value, dtype, raised) for value in values]
     else:
         logs = _logs_as_matrix_product(values, dtype, floor)
     limits = jnp.finfo(dtype)
@@ -184,10 +186,10 @@ def _raised(atom: Atom, floor: jax.typing.ArrayLike | None) -> jax.Array:
 
 
 def _floored_log(
-    value: Positive, dtype: jnp.dtype, floor: jax.typing.ArrayLike | None
+    value: Positive, dtype: jnp.dtype, raised: Callable[[Atom], jax.Array]
 ) -> jax.Array | float:
     terms = (
-        power * (atom.log if power > 0 else _raised(atom, floor)).astype(dtype)
+        power * (atom.log.astype(dtype) if power > 0 else raised(atom))
         for atom, power in value.powers.items()
     )
     return sum(terms, value.log_constant)

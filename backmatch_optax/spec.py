@@ -842,7 +842,7 @@ class Block(Link):
                     f"{name} (={value!r}) must be a positive number or a function of "
                     "the block's parameters"
                 )
-            if not 0.0 < value < _LARGEST:
+            if not 0 < value <= _LARGEST:  # pyright: ignore
                 raise ValueError(f"{name} (={value!r}) must be positive and finite")
             self._canonical(**{name: float(value)})
         if self.output_shape is not None:
@@ -878,7 +878,8 @@ class Block(Link):
         value = declared(here.params)
         if isinstance(value, float):
             value = jnp.float32(value)
-        dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+        dtype: Any = getattr(value, "dtype", None)
+        shape = getattr(value, "shape", None)
         if shape != () or not jnp.issubdtype(dtype, jnp.floating):
             found = kind_of(value) if dtype is None else f"shape {shape} of {dtype}"
             raise ValueError(

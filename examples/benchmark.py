@@ -79,8 +79,10 @@ def measure(params: Any, chain: spec.LayerChain, rounds: int) -> dict[str, dict]
         compiled, opt_state, seconds = compiled_update(method, params, chain)
         states[method] = (jax.tree.map(jnp.copy, params), opt_state)
         results[method] = {"update": compiled, "compile": seconds, "ms": []}
-    for _ in tqdm(range(rounds + 3), leave=False):
-        for method, result in results.items():
+    for turn in tqdm(range(rounds + 3), leave=False):
+        for place in range(len(METHODS)):
+            method = METHODS[(turn + place) % len(METHODS)]  # nobody is always first
+            result = results[method]
             weights, opt_state = states[method]
             start = time.perf_counter()
             states[method] = jax.block_until_ready(

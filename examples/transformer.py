@@ -25,9 +25,9 @@ import backmatch_optax as bmo
 from examples import data
 
 CANDIDATES = {
-    "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "sgd": (0.01, 0.03, 0.1, 0.3, 1.0),
     "adam": (0.0003, 0.001, 0.003, 0.01, 0.03),
-    "measured backmatch": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "measured backmatch": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
 TUNING_SEEDS, TEST_SEEDS = (100, 101), (0, 1, 2, 3, 4)
 
