@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 NETWORKS = {
     "LeNet": models.MODELS["lenet"],
     "VGG11": models.MODELS["vgg11"],
-    "ResNet, 13 convolutions": lambda classes, shape: models.Declared(
+    "ResNet, 15 convolutions": lambda classes, shape: models.Declared(
         models.ResNet((2, 2, 2), classes, 16), models.resnet_spec((2, 2, 2), shape)
     ),
 }
@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
             print(f"  declared / measured, {gains} gains: {listed}")
             axes.semilogy(list(kernels.values()), "o-", label=f"{gains} gains")
         axes.set(xlabel="layer, input to output", title=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0][0].set_ylabel("declared / measured scale")
     all_axes[0][0].legend()
     options.output.parent.mkdir(parents=True, exist_ok=True)

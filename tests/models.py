@@ -200,3 +200,9 @@ class NnxMlp(nnx.Module):
         x = nnx.relu(self.fc1(x))
         x = nnx.relu(self.fc2(x))
         return self.fc3(x)
+
+
+def random_like(tree: Any, seed: int = 0) -> Any:
+    """A tree of normal float32 entries in the shapes of another; compiles nothing."""
+    normal = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(normal(size=leaf.shape)), tree)

@@ -23,22 +23,17 @@ TX = bmo.backmatch_sgd(0.01, models.CONV_NET, weight_decay=1e-2)
 STEPS = 3
 
 
-def random_like(tree: Any, seed: int) -> Any:
-    normal = np.random.default_rng(seed).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(normal(size=leaf.shape)), tree)
-
-
 @pytest.fixture(scope="module")
 def params() -> Any:
     shapes = jax.eval_shape(
         lambda: models.init_params(models.ConvNet(), models.CONV_NET)
     )
-    return random_like(shapes, seed=0)
+    return models.random_like(shapes, seed=0)
 
 
 @pytest.fixture(scope="module")
 def gradients(params) -> list[Any]:
-    return [random_like(params, seed) for seed in range(1, STEPS + 1)]
+    return [models.random_like(params, seed) for seed in range(1, STEPS + 1)]
 
 
 def train_bare(params: Any, gradients: list[Any]) -> Any:

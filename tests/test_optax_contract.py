@@ -25,22 +25,17 @@ EVERY = {
 every = pytest.mark.parametrize("tx", EVERY.values(), ids=EVERY)
 
 
-def random_like(tree: Any, seed: int) -> Any:
-    normal = np.random.default_rng(seed).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(normal(size=leaf.shape)), tree)
-
-
 @pytest.fixture(scope="module")
 def params() -> Any:
     shapes = jax.eval_shape(
         lambda: models.init_params(models.ConvNet(), models.CONV_NET)
     )
-    return random_like(shapes, seed=0)
+    return models.random_like(shapes, seed=0)
 
 
 @pytest.fixture(scope="module")
 def grads(params) -> Any:
-    return random_like(params, seed=1)
+    return models.random_like(params, seed=1)
 
 
 def step_of(tx: optax.GradientTransformation) -> Any:
@@ -219,7 +214,7 @@ def test_map_params_reaches_the_momentum(params):
 
 @every
 def test_multi_steps_are_one_step_with_the_mean_gradient(tx, params):
-    micro = [random_like(params, seed) for seed in (1, 2, 3)]
+    micro = [models.random_like(params, seed) for seed in (1, 2, 3)]
     multi = optax.MultiSteps(tx, every_k_schedule=3)
     state = multi.init(params)
     update = jax.jit(multi.update)

@@ -39,13 +39,8 @@ def one_step(tx: optax.GradientTransformation, grads: Any, params: Any) -> Any:
     return tx.update(grads, tx.init(params), params)
 
 
-def random_like(tree: Any, seed: int = 0) -> Any:
-    normal = np.random.default_rng(seed).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(normal(size=leaf.shape)), tree)
-
-
 def test_update_is_gradient_times_scale():
-    grads = random_like(PAPER_PARAMS)
+    grads = models.random_like(PAPER_PARAMS)
     updates, _ = one_step(bmo.scale_by_backmatch(PAPER_NET), grads, PAPER_PARAMS)
     expected = jax.tree.map(jnp.multiply, grads, PAPER_SCALES)
     assert_trees_all_close(updates, expected, rtol=1e-6)
@@ -56,7 +51,7 @@ def test_each_parameter_of_a_conv_net_gets_the_scale_of_the_reference():
     shapes = jax.eval_shape(
         lambda: models.init_params(models.ConvNet(), models.CONV_NET)
     )
-    params = random_like(shapes)
+    params = models.random_like(shapes)
     layers = [
         {"kind": "conv", "path": "conv1"},
         {"kind": "batch_norm", "path": "norm1"},
@@ -79,7 +74,7 @@ def test_each_parameter_of_a_conv_net_gets_the_scale_of_the_reference():
 
 def test_empty_chain_is_the_identity():
     empty = spec.LayerChain([], input_shape=(4,))
-    grads = random_like(PAPER_PARAMS)
+    grads = models.random_like(PAPER_PARAMS)
     updates, _ = one_step(
         bmo.scale_by_backmatch(empty, unlisted="identity"), grads, PAPER_PARAMS
     )
@@ -89,7 +84,7 @@ def test_empty_chain_is_the_identity():
 def test_unlisted_parameter_passes_through_bitwise():
     tx = bmo.scale_by_backmatch(PAPER_NET, unlisted="identity")
     params = PAPER_PARAMS | {"temperature": jnp.ones(3)}
-    grads = random_like(params)
+    grads = models.random_like(params)
     updates, _ = one_step(tx, grads, params)
     assert_trees_all_equal(updates["temperature"], grads["temperature"])
 
@@ -198,7 +193,7 @@ def test_scales_are_read_from_inside_wrappers(tx):
 
 def test_weight_decay_before_the_scale_is_scaled_too():
     tx = bmo.backmatch_sgd(1.0, PAPER_NET, momentum=None, weight_decay=0.1)
-    grads = random_like(PAPER_PARAMS)
+    grads = models.random_like(PAPER_PARAMS)
     updates, _ = one_step(tx, grads, PAPER_PARAMS)
     expected = jax.tree.map(
         lambda g, p, s: -(g + 0.1 * p) * s, grads, PAPER_PARAMS, PAPER_SCALES
@@ -209,8 +204,8 @@ def test_weight_decay_before_the_scale_is_scaled_too():
 def test_momentum_accumulates_scaled_gradients():
     tx = bmo.backmatch_sgd(1.0, PAPER_NET, momentum=0.5, nesterov=False)
     # Two steps at different parameters, hence with different scales.
-    steps = [(random_like(PAPER_PARAMS, seed), PAPER_PARAMS) for seed in (1, 2)]
-    steps[1] = (steps[1][0], random_like(PAPER_PARAMS, 3))
+    steps = [(models.random_like(PAPER_PARAMS, seed), PAPER_PARAMS) for seed in (1, 2)]
+    steps[1] = (steps[1][0], models.random_like(PAPER_PARAMS, 3))
     state = tx.init(PAPER_PARAMS)
     updates = None
     for grads, params in steps:
@@ -234,7 +229,7 @@ def test_backmatch_sgd_is_the_chain_in_its_docstring():
     for tx in (alias, chain):
         params, state = PAPER_PARAMS, tx.init(PAPER_PARAMS)
         for seed in range(4):
-            updates, state = tx.update(random_like(params, seed), state, params)
+            updates, state = tx.update(models.random_like(params, seed), state, params)
             params = optax.apply_updates(params, updates)
         results.append((params, state))
     assert_trees_all_equal(*results)
