@@ -20,7 +20,7 @@ from zoo_linen import Call
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from backmatch_optax._infer import infer_spec
-from examples.models import MODELS
+from examples.models import MODELS, vgg_spec
 
 IMAGES = (2, 8, 8, 6)
 RELU = spec.Activation("relu")
@@ -47,6 +47,12 @@ def abstract(make: Callable[[nnx.Rngs], Any]) -> Any:
 def test_the_papers_networks(name, train):
     model, declared = MODELS[name](10, (32, 32, 3))
     assert infer_spec(model, array(4, 32, 32, 3), train=train) == declared
+
+
+@pytest.mark.parametrize("depth", zoo_nnx.VGG_STAGES)
+def test_the_papers_vggs_in_nnx(depth):
+    model = abstract(functools.partial(zoo_nnx.Vgg, depth))
+    assert infer_spec(model, array(4, 32, 32, 3)) == vgg_spec(depth)
 
 
 @pytest.mark.parametrize(

@@ -117,3 +117,41 @@ class PreActivationNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.block2(self.block1(self.stem(x)))
         return self.head(nnx.relu(self.norm(x)).mean(axis=(1, 2)))
+
+
+VGG_STAGES = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+
+
+class Vgg(nnx.Module):
+    """The papers' VGG, narrow, with the layer names Linen gives its own."""
+
+    def __init__(self, depth: int, rngs: nnx.Rngs):
+        self.stages = VGG_STAGES[depth]
+        inputs, number = 3, 0
+        for stage, count in enumerate(self.stages):
+            for _ in range(count):
+                features = 8 * 2 ** min(stage, 3)
+                setattr(
+                    self, f"Conv_{number}", conv(inputs, features, (3, 3), rngs=rngs)
+                )
+                norm = nnx.BatchNorm(
+                    features, use_scale=False, use_bias=False, rngs=rngs
+                )
+                setattr(self, f"norm_{number}", norm)
+                inputs, number = features, number + 1
+        self.Dense_0 = nnx.Linear(inputs, 10, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        number = 0
+        for count in self.stages:
+            for _ in range(count):
+                x = getattr(self, f"Conv_{number}")(x)
+                x = nnx.relu(getattr(self, f"norm_{number}")(x))
+                number += 1
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2))
+        return self.Dense_0(x.reshape(x.shape[0], -1))
