@@ -89,8 +89,9 @@ class Positive:
             self.log_constant,
             {
                 atom: power
-                for atom in self.powers.keys() & other.powers.keys()
-                if (power := sorted((0, self.powers[atom], other.powers[atom]))[1])
+                for atom in self.powers  # in their order, for the same bits every run
+                if atom in other.powers
+                and (power := sorted((0, self.powers[atom], other.powers[atom]))[1])
             },
         )
         left, right = self / shared, other / shared
