@@ -18,7 +18,7 @@ from backmatch_optax._layer_scales import (
 )
 from backmatch_optax._locate import Unlisted, check_spec
 from backmatch_optax._moments import Gains
-from backmatch_optax._param_paths import text
+from backmatch_optax._param_paths import is_masked, text
 from backmatch_optax._positive import wide
 
 
@@ -164,7 +164,6 @@ def scale_by_backmatch(
 
 def _is_leafless(tree: Any) -> bool:
     # A masked layer is no leaf either, but has to be refused.
-    is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
     return not jax.tree.leaves(tree, is_leaf=is_masked)
 
 
