@@ -29,17 +29,18 @@ def backward(sites: Sequence[Site], m: Positive) -> Positive:
     return m
 
 
-def mark_centred(sites: Sequence[Site], centred: bool = False) -> None:
+def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
     """Marks the sites whose cotangents sum to zero over the batch, for every unit.
 
     A BatchNorm takes the mean away from what passes back as it does forward, and linear
     links keep it away. To a kernel there, the constant part of its input is nothing.
+    Returns whether those below the sites do; below arms, where all of them do.
     """
     for site in reversed(sites):
         site.centred = centred
-        for arm in site.arms.values():
-            mark_centred(arm, centred)
-        centred = site.link.centres(centred)
+        arms = [mark_centred(arm, centred) for arm in site.arms.values()]
+        centred = all(arms) if arms else site.link.centres(centred)
+    return centred
 
 
 def scale(site: Site, role: str) -> Positive:

@@ -14,6 +14,7 @@ import pytest
 
 import backmatch_optax as bmo
 from backmatch_optax import _moments, spec
+from backmatch_optax._layer_scales import walk
 from backmatch_optax._positive import evaluate, number
 
 KEY = jax.random.key(0)
@@ -332,6 +333,16 @@ def test_moments_after_an_activation_are_those_of_samples(name, mean_square, win
     assert q == pytest.approx(np.square(outputs).mean(), rel=0.02)
     assert variance == pytest.approx(outputs.var(1).mean(), rel=0.02)
     assert gain == pytest.approx(np.square(slopes).mean(), rel=0.02)
+
+
+@pytest.mark.parametrize(("branch", "centred"), [([RELU], False), ([], True)])
+def test_a_branch_with_an_activation_ends_what_a_batch_norm_centres(branch, centred):
+    # As in a pre-activation network, where a BatchNorm follows the residual.
+    links = [RELU, spec.Dense("a"), spec.Residual(branch), spec.BatchNorm()]
+    chain = spec.LayerChain([*links, spec.Dense("b")], input_shape=(8,))
+    params = {name: {"kernel": jnp.full((8, 8), 8**-0.5)} for name in "ab"}
+    sites = walk(params, chain, gains="mean_field", unlisted="error")
+    assert sites[1].centred == centred
 
 
 def test_a_shortcut_keeps_the_sign_of_a_mean():
