@@ -12,6 +12,7 @@ from backmatch_optax._alias import backmatch_sgd
 from backmatch_optax._compare import ScaleComparison, compare_scales
 from backmatch_optax._describe import describe
 from backmatch_optax._infer import infer_spec
+from backmatch_optax._keep_norms import keep_norms
 from backmatch_optax._layer_scales import layer_scales
 from backmatch_optax._locate import check_spec
 from backmatch_optax._measure import (
@@ -38,6 +39,7 @@ __all__ = [
     "compare_scales",
     "describe",
     "infer_spec",
+    "keep_norms",
     "layer_scales",
     "measure_layer_scales",
     "scale_by_backmatch",

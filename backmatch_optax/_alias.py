@@ -25,6 +25,7 @@ def backmatch_sgd(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
+    normalize: bool = False,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with layer-wise rates from back-matching propagation.
@@ -49,6 +50,8 @@ def backmatch_sgd(
         that tells which parameters decay; None for all.
       gains: `"paper"`, or `"mean_field"` for exact Gaussian gains; see `layer_scales`.
       norm_floor: the least that a scale divides by; see `layer_scales`.
+      normalize: divides the scales by their mean, so that SGD's learning rate carries
+        over; see `layer_scales`.
       unlisted: `"error"`, or `"identity"` to leave the gradients of parameters that no
         declared layer covers as they are.
 
@@ -75,6 +78,12 @@ def backmatch_sgd(
     """
     return optax.chain(
         optax.add_decayed_weights(weight_decay, weight_decay_mask),
-        scale_by_backmatch(spec, gains=gains, norm_floor=norm_floor, unlisted=unlisted),
+        scale_by_backmatch(
+            spec,
+            gains=gains,
+            norm_floor=norm_floor,
+            normalize=normalize,
+            unlisted=unlisted,
+        ),
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
     )

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax._locate import Unlisted, locate
 from backmatch_optax._moments import Gains, Moments
-from backmatch_optax._param_paths import join, text
+from backmatch_optax._param_paths import join, listed, text
 from backmatch_optax._positive import Positive, evaluate, number, wide
 from backmatch_optax._site import Site
 
@@ -28,6 +31,7 @@ def layer_scales(
     *,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
+    normalize: bool = False,
     unlisted: Unlisted = "error",
 ) -> dict[str, jax.Array]:
     r"""The scale of every declared layer: what its gradient is to be multiplied by.
@@ -57,6 +61,11 @@ def layer_scales(
         zero-initialised head, or a zero-initialised BatchNorm at the end of a residual
         branch, learns. 0 is the papers' rule to the letter. Where a norm cancels, as
         that of every kernel below a BatchNorm does, it plays no part.
+      normalize: divides all scales by their mean, the harmonic one over every entry of
+        every declared parameter. The trace of the scaled Gauss-Newton matrix that the
+        chain predicts is then that of SGD's, so that SGD's learning rate carries over;
+        the scales' ratios stay. Without it, the sizes of the layers and of the head
+        enter every scale, and the learning rate is to be tuned anew for each network.
       unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
 
     Returns:
@@ -71,8 +80,9 @@ def layer_scales(
       NaN in a parameter is NaN in the scales it enters.
 
     Raises:
-      ValueError: where the chain does not fit the parameters, see `check_spec`, or
-        where `gains` or `unlisted` is none of the above.
+      ValueError: where the chain does not fit the parameters, see `check_spec`; where
+        `gains` or `unlisted` is none of the above; or inside `jax.shard_map`, where a
+        parameter is not the same on all devices, so that it may be a part of one.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -92,7 +102,7 @@ def layer_scales(
       fc2 1.0
     """
     sites = walk(params, spec, gains=gains, unlisted=unlisted)
-    return dict(layer_scales_of(sites, scale_of_params(sites, norm_floor)))
+    return dict(layer_scales_of(sites, scale_of_params(sites, norm_floor, normalize)))
 
 
 def walk(
@@ -100,6 +110,7 @@ def walk(
 ) -> list[Site]:
     """The chain's sites with moments and `m` filled in by the two passes."""
     check_gains(gains)
+    _refuse_parts(params, getattr(spec, "paths", ()))
     sites = locate(spec, params, unlisted=unlisted)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -115,6 +126,30 @@ def walk(
     _recursion.forward(sites, Moments(number(1.0)))
     _recursion.backward(sites, number(1.0))
     return sites
+
+
+def _refuse_parts(params: optax.Params, declared: Sequence[str]) -> None:
+    """Raises `ValueError` where a declared parameter differs between devices.
+
+    Outside of `shard_map` an array is whole, wherever its parts lie. Inside it a part
+    looks like any array, and its norm and features would silently be taken for those of
+    the whole. Its type tells, unless `shard_map` was told not to check.
+    """
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(leaf, jax.Array):
+            continue
+        axes = jax.typeof(leaf).manual_axis_type.varying
+        path = text(key_path)
+        modules = itertools.accumulate(path.split("/"), join, initial="")
+        if axes and any(module in declared for module in modules):
+            raise ValueError(
+                f"{path!r} differs between devices along {listed(sorted(axes))} inside "
+                "jax.shard_map, but a scale needs whole kernels, not one device's part "
+                "of them. Return the gradients from shard_map and call update outside, "
+                "under jax.jit: it takes sharded arrays as they are. Where every "
+                "device trains a whole model of its own, pass check_vma=False to "
+                "shard_map."
+            )
 
 
 def check_gains(gains: Gains) -> None:
@@ -142,22 +177,47 @@ def _owns_params(site: Site) -> bool:
 
 
 def scale_of_params(
-    sites: Sequence[Site], norm_floor: jax.typing.ArrayLike
+    sites: Sequence[Site], norm_floor: jax.typing.ArrayLike, normalize: bool
 ) -> dict[str, jax.Array]:
     """The scale of every declared parameter by its path; of a Block by the block's."""
     numbers: dict[str, Positive] = {}
-    leaves: list[Any] = []
+    leaves: dict[str, list[Any]] = {}
     for site in filter(_owns_params, every(sites)):
         link: Any = site.link
-        leaves += jax.tree.leaves(dict(site.params))
         if link.owns_subtree:
             numbers[link.path] = _recursion.scale(site, "")
+            leaves[link.path] = jax.tree.leaves(dict(site.params))
             continue
-        for role in site.params:
+        for role, leaf in site.params.items():
             numbers[join(link.path, role)] = _recursion.scale(site, role)
-    dtype = wide(*(leaf.dtype for leaf in leaves))
+            leaves[join(link.path, role)] = [leaf]
+    dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
     values = evaluate(list(numbers.values()), dtype, floor=norm_floor)
+    if normalize:
+        values = _over_their_mean(
+            values, [sum(leaf.size for leaf in below) for below in leaves.values()]
+        )
     return dict(zip(numbers, values, strict=True))
+
+
+def _over_their_mean(
+    scales: Sequence[jax.Array], sizes: Sequence[int]
+) -> list[jax.Array]:
+    """Scales divided by their harmonic mean over all entries of all parameters."""
+    if not scales:
+        return []
+    # The barriers keep XLA from computing the mean anew for every scale, which makes
+    # compilation quadratic in depth.
+    barrier = jax.lax.optimization_barrier
+    stacked = barrier(jnp.stack([barrier(scale) for scale in scales]))
+    weights = np.asarray(sizes) / max(sum(sizes), 1)
+    # In units of the least, so that no reciprocal overflows.
+    least = stacked.min()
+    mean = jnp.sum(weights.astype(stacked.dtype) * (least / stacked))
+    least, mean = barrier((least, mean))
+    largest = jnp.finfo(stacked.dtype).max
+    # Each scale by itself: XLA compiles slices of a vector one by one.
+    return [jnp.minimum(scale / least * mean, largest) for scale in scales]
 
 
 def layer_scales_of(

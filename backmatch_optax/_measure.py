@@ -200,6 +200,7 @@ def scale_by_measured_backmatch(
     key: jax.Array,
     refresh_every: int = 20,
     decay: jax.typing.ArrayLike = 0.9,
+    normalize: bool = False,
     layer_of: LayerOf = module_of,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each layer's gradient by a scale measured on the model itself.
@@ -218,11 +219,13 @@ def scale_by_measured_backmatch(
       key: key of the random signs, `jax.random.key(...)`.
       refresh_every: the number of steps between measurements, at least 1.
       decay: how much of the running average each refresh keeps, in [0, 1).
+      normalize: divides the scales by their mean, so that SGD's learning rate carries
+        over; see `layer_scales`.
       layer_of: maps the path of a parameter to the name of its layer; all parameters of
         a layer share one scale. By default a module is a layer.
 
-    Under `optax.inject_hyperparams`, name `key`, `refresh_every` and `layer_of` in its
-    `static_args`.
+    Under `optax.inject_hyperparams`, name `key`, `refresh_every`, `normalize` and
+    `layer_of` in its `static_args`.
 
     Returns:
       A gradient transformation with state `ScaleByMeasuredBackmatchState`, whose
@@ -293,6 +296,9 @@ def scale_by_measured_backmatch(
             curvatures = decay * state.curvatures + (1 - decay) * sample
             refreshes = state.steps // refresh_every + 1
             average = jnp.divide(curvatures, 1 - jnp.power(decay, refreshes))
+            if normalize:
+                mean = jnp.average(average, weights=jnp.array([*sizes.values()]))
+                average = average / jnp.where(mean > 0, mean, 1)
             return state._replace(
                 key=next_key, curvatures=curvatures, layer_scales=_reciprocal(average)
             )

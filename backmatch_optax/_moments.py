@@ -10,6 +10,7 @@ and a shortcut keeps the sign too.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -170,11 +171,15 @@ def _static_integrals(
         mean_square -= 2.0 * slope * _relu_kernel(q, -spread / q)
         offset = (1.0 - slope) ** 2 * q / (2 * math.pi)
         return gain * q - mean_square, mean_square - offset, offset, gain
-    with jax.ensure_compile_time_eval():
-        values = _integrals(
-            name, window, *(jnp.float32(value) for value in (variance, spread, offset))
-        )
-        return tuple(map(float, values))
+
+    def integrate() -> tuple[float, ...]:
+        sizes = (jnp.float32(value) for value in (variance, spread, offset))
+        return tuple(map(float, _integrals(name, window, *sizes)))
+
+    # This thread may be tracing a function or be inside `shard_map`, where no array has
+    # a value. A new thread is not.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(integrate).result()
 
 
 def _relu_kernel(q: float, correlation: float) -> float:

@@ -38,6 +38,7 @@ def scale_by_backmatch(
     *,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
+    normalize: bool = False,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each layer's gradient by its back-matched scale.
@@ -73,6 +74,8 @@ def scale_by_backmatch(
       gains: `"paper"`, or `"mean_field"` for exact Gaussian gains; see `layer_scales`.
       norm_floor: the least that a scale divides by, so that training from zeros works;
         0 is the papers' rule to the letter; see `layer_scales`.
+      normalize: divides the scales by their mean, so that SGD's learning rate carries
+        over; see `layer_scales`.
       unlisted: what to do about parameters that no declared layer covers: `"error"`
         (at `init`), or `"identity"` to leave their gradients as they are.
 
@@ -83,7 +86,8 @@ def scale_by_backmatch(
 
     Raises:
       ValueError: in `init`, where the chain does not fit the parameters (see
-        `check_spec`); in `update`, where `params` is None.
+        `check_spec`); in `update`, where `params` is None, or where inside
+        `jax.shard_map` a declared parameter is not the same on all devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -121,7 +125,9 @@ def scale_by_backmatch(
     .. note::
       The rule looks across layers, so it must see all of them: inside `optax.masked` or
       `optax.partition` it raises. Scale outside, freeze inside. The scale also
-      multiplies a weight decay that comes before it in the chain.
+      multiplies a weight decay that comes before it in the chain. Under `jax.jit` the
+      parameters may be sharded in any way; under `jax.pmap`, and in `jax.shard_map`
+      with `check_vma=False`, every device has to hold whole ones.
     """
 
     def init_fn(params: optax.Params) -> ScaleByBackmatchState:
@@ -148,7 +154,7 @@ def scale_by_backmatch(
         if _is_leafless(params) and _is_leafless(updates):
             return updates, state
         sites = walk(params, spec, gains=gains, unlisted=unlisted)
-        scales = scale_of_params(sites, norm_floor)
+        scales = scale_of_params(sites, norm_floor, normalize)
         scaled_updates = jax.tree_util.tree_map_with_path(
             lambda key_path, update: scaled(update, _find(scales, text(key_path))),
             updates,

@@ -1,0 +1,213 @@
+"""Kernels that keep their norm train the same function, and never leave float32."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+
+BATCH_NORM = functools.partial(
+    nn.BatchNorm, use_running_average=False, use_scale=False, use_bias=False
+)
+
+
+def network(norm: Callable[..., nn.Module] = BATCH_NORM, use_bias=False):
+    """Two hidden layers with normalisation, whose epsilon is next to nothing."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=True):
+            for name in ("fc1", "fc2"):
+                x = nn.Dense(8, use_bias=use_bias, name=name)(x)
+                x = norm(epsilon=1e-12)(x)  # pyright: ignore[reportCallIssue]
+                x = nn.relu(x)
+            return nn.Dense(3, use_bias=False, name="fc3")(x)
+
+    return Net()
+
+
+def chain(norm: Callable[..., spec.Link] = spec.BatchNorm, name="") -> spec.LayerChain:
+    """Its declared chain."""
+    links: list[spec.Link] = []
+    for number, dense in enumerate(("fc1", "fc2")):
+        normed = norm(f"{name}_{number}") if name else norm()
+        links += [spec.Dense(dense), normed, spec.Activation("relu")]
+    return spec.LayerChain([*links, spec.Dense("fc3")], input_shape=(5,))
+
+
+def train(tx, steps, dtype) -> tuple[Any, Any, Any]:
+    """Logits after every step, and the last and the first parameters."""
+    model: Any = network()
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (32, 5), dtype)
+    variables = model.init(keys[2], x)
+    params = jax.tree.map(lambda p: p.astype(dtype), variables["params"])
+
+    def logits_of(params):
+        return model.apply({"params": params}, x, mutable=["batch_stats"])[0]
+
+    def loss_fn(params, step):
+        # Labels of each step's own: nothing to be learned, so gradients do not vanish.
+        y = jax.random.randint(jax.random.fold_in(keys[1], step), (32,), 0, 3)
+        logits = logits_of(params)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    @jax.jit
+    def run(params, opt_state):
+        def body(carry, step):
+            params, opt_state = carry
+            gradient = jax.grad(loss_fn)(params, step)
+            updates, opt_state = tx.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, opt_state), logits_of(params)
+
+        return jax.lax.scan(body, (params, opt_state), jnp.arange(steps))
+
+    (trained, _), logits = run(params, tx.init(params))
+    return logits, trained, params
+
+
+def backmatch(spec_, **options):
+    return bmo.backmatch_sgd(0.1, spec_, **options)
+
+
+def decay_after(spec_):
+    return optax.chain(
+        bmo.scale_by_backmatch(spec_),
+        optax.add_decayed_weights(0.01),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        backmatch,
+        lambda c: backmatch(c, nesterov=False),
+        lambda c: backmatch(c, momentum=None),
+        decay_after,
+    ],
+    ids=["nesterov", "heavy ball", "no momentum", "decay after the scale"],
+)
+def test_the_same_function_is_trained_at_every_step(optimizer):
+    with jax.enable_x64(True):
+        free, grown, start = train(optimizer(chain()), 25, jnp.float64)
+        kept_tx = bmo.keep_norms(optimizer(chain()), chain())
+        kept, held, _ = train(kept_tx, 25, jnp.float64)
+    np.testing.assert_allclose(kept, free, rtol=1e-6, atol=1e-7)
+    for layer in ("fc1", "fc2"):
+        before = np.linalg.norm(start[layer]["kernel"])
+        np.testing.assert_allclose(np.linalg.norm(held[layer]["kernel"]), before)
+        assert np.linalg.norm(grown[layer]["kernel"]) > 1.005 * before
+    # The head is no kernel below a normalisation: it is as long as it would be.
+    np.testing.assert_allclose(held["fc3"]["kernel"], grown["fc3"]["kernel"], rtol=1e-5)
+
+
+def test_with_decay_before_the_scale_it_is_another_method():
+    with jax.enable_x64(True):
+        free, *_ = train(backmatch(chain(), weight_decay=0.1), 25, jnp.float64)
+        kept_tx = bmo.keep_norms(backmatch(chain(), weight_decay=0.1), chain())
+        kept, *_ = train(kept_tx, 25, jnp.float64)
+    assert np.abs(kept - free).max() > 1e-3
+
+
+def test_three_thousand_steps_stay_as_they_began_where_kernels_grew_out_of_range():
+    tx = bmo.backmatch_sgd(1.0, chain())
+    _, grown, _ = train(tx, 3000, jnp.float32)
+    largest = max(np.abs(grown[name]["kernel"]).max() for name in ("fc1", "fc2"))
+    assert not largest < 1e15  # or not a number: its square is near float32's end
+    _, held, start = train(bmo.keep_norms(tx, chain()), 3000, jnp.float32)
+    chex.assert_tree_all_finite(held)
+    np.testing.assert_allclose(
+        np.linalg.norm(held["fc1"]["kernel"]),
+        np.linalg.norm(start["fc1"]["kernel"]),
+        rtol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_a_layer_norm_frees_the_norm_of_a_kernel_without_a_bias_only(use_bias):
+    declared = chain(spec.LayerNorm, "LayerNorm")
+    model = network(nn.LayerNorm, use_bias=use_bias)
+    params = model.init(jax.random.key(0), jnp.ones((2, 5)))["params"]
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, declared), declared)
+    if use_bias:
+        with pytest.raises(ValueError, match="no kernel right before a normalisation"):
+            tx.init(params)
+        return
+    gradient = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    moved: Any = optax.apply_updates(params, updates)
+    for layer in ("fc1", "fc2"):
+        np.testing.assert_allclose(
+            np.linalg.norm(moved[layer]["kernel"]),
+            np.linalg.norm(np.asarray(params[layer]["kernel"])),
+            rtol=1e-6,
+        )
+
+
+def test_kernels_inside_residual_branches_keep_their_norm_too():
+    branch = [spec.Dense("a"), spec.BatchNorm(), spec.Dense("b")]
+    declared = spec.LayerChain(
+        [spec.Residual(branch), spec.Dense("head")], input_shape=(4,)
+    )
+    params = {
+        name: {"kernel": jax.random.normal(jax.random.key(i), (4, 4))}
+        for i, name in enumerate(("a", "b", "head"))
+    }
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, declared), declared)
+    updates, _ = tx.update(params, tx.init(params), params)
+    moved: Any = optax.apply_updates(params, updates)
+    ratio = {
+        name: float(jnp.linalg.norm(moved[name]["kernel"] / params[name]["kernel"]))
+        for name in params
+    }
+    assert ratio["a"] == pytest.approx(4, rel=1e-5)  # the norm of sixteen ones
+    assert ratio["b"] != pytest.approx(4, rel=1e-2)
+
+
+def test_it_is_an_ordinary_transformation():
+    params = {
+        "fc1": {"kernel": jnp.ones((5, 8))},
+        "fc2": {"kernel": jnp.ones((8, 8))},
+        "fc3": {"kernel": jnp.ones((8, 3))},
+    }
+    inner = bmo.backmatch_sgd(0.1, chain())
+    tx = bmo.keep_norms(inner, chain())
+    state = tx.init(params)
+    chex.assert_trees_all_equal(state, inner.init(params))  # no state of its own
+    update = jax.jit(chex.assert_max_traces(tx.update, 1))
+    _, state = update(params, state, params)
+    updates, state = update(params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    halves = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    updates, _ = tx.update(halves, tx.init(halves), halves)
+    chex.assert_trees_all_equal_dtypes(updates, halves)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(params, tx.init(zeros), zeros)
+    chex.assert_tree_all_finite(updates)
+
+
+def test_what_cannot_work_is_refused():
+    params = {f"fc{i}": {"kernel": jnp.ones((4, 4))} for i in (1, 2)}
+    plain = spec.LayerChain([spec.Dense("fc1"), spec.Dense("fc2")], input_shape=(4,))
+    with pytest.raises(ValueError, match="no kernel right before a normalisation"):
+        bmo.keep_norms(bmo.backmatch_sgd(0.1, plain), plain).init(params)
+    normed = spec.LayerChain(
+        [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")], input_shape=(4,)
+    )
+    adam = optax.chain(bmo.scale_by_backmatch(normed), optax.adam(0.1))
+    with pytest.raises(ValueError, match="keeps second moments, 'nu'"):
+        bmo.keep_norms(adam, normed).init(params)
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, normed), normed)
+    with pytest.raises(ValueError, match="params is None"):
+        tx.update(params, tx.init(params))
