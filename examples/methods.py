@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import jax
 import optax
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
 
+# Those the papers compare (BM 4), then what a reader of today would try.
 METHODS = ("sgd", "lars", "lsalr", "backmatch")
+OTHERS = ("adamw", "muon")
+
+# The same budget of rates and decays as backmatch shows what each part of it is worth.
+ABLATIONS = (
+    "backmatch, decay after",  # the scale does not multiply the weight decay
+    "backmatch, mean field",
+    "backmatch, frozen",  # the scales of the initial weights, all along
+    "own norm",  # ||W||^2_{2,mu} of the layer itself, nothing of those above
+    "fan-in",  # 1 / sqrt(fan-in), as many set their initial weights
+)
 
 
 def optimizer(
@@ -15,10 +27,13 @@ def optimizer(
     learning_rate: optax.ScalarOrSchedule,
     chain: spec.LayerChain,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     momentum: float = 0.9,
-) -> optax.GradientTransformation:
-    """An optimizer by its name in `METHODS`; decay comes before everything, BM 3.2."""
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer by its name, with decay before everything else as in BM 3.2.
+
+    Where a method defines where its decay goes (LARS, AdamW, Muon), it goes there.
+    """
     decay = optax.add_decayed_weights(weight_decay)
     sgd = optax.sgd(learning_rate, momentum=momentum, nesterov=True)
     match method:
@@ -28,11 +43,76 @@ def optimizer(
             return optax.chain(decay, bmo.scale_by_lsalr(), sgd)
         case "lars":
             return optax.lars(
+                learning_rate, weight_decay, momentum=momentum, nesterov=True
+            )
+        case "adamw":
+            return optax.adamw(learning_rate, weight_decay=weight_decay)
+        case "muon":
+            muon = optax.contrib.muon(
                 learning_rate,
                 weight_decay=weight_decay,
-                momentum=momentum,
-                nesterov=True,
+                adam_weight_decay=weight_decay,
+                muon_weight_dimension_numbers=_matrices,
+                consistent_rms=0.2,
             )
+            return optax.with_extra_args_support(muon)
         case "backmatch":
             return optax.chain(decay, bmo.scale_by_backmatch(chain), sgd)
-    raise ValueError(f"method (={method!r}) must be one of {', '.join(METHODS)}")
+        case "backmatch, decay after":
+            return optax.chain(bmo.scale_by_backmatch(chain), decay, sgd)
+        case "backmatch, mean field":
+            scale = bmo.scale_by_backmatch(chain, gains="mean_field")
+            return optax.chain(decay, scale, sgd)
+        case "backmatch, frozen":
+            return optax.chain(decay, _at_initial(bmo.scale_by_backmatch(chain)), sgd)
+        case "own norm":
+            # F / out = ||W||^2_{2,mu} times fan-in / out: what BatchNorm divides by.
+            norm = optax.stateless(
+                lambda updates, params: jax.tree.map(
+                    lambda u, p: u * (p**2).sum() / p.shape[-1], updates, params
+                )
+            )
+            return optax.chain(decay, norm, sgd)
+        case "fan-in":
+            fan_in = optax.stateless(
+                lambda updates, _: jax.tree.map(
+                    lambda u: u * (u.shape[-1] / u.size) ** 0.5, updates
+                )
+            )
+            return optax.chain(decay, fan_in, sgd)
+    known = ", ".join(map(repr, (*METHODS, *OTHERS, *ABLATIONS)))
+    raise ValueError(f"method (={method!r}) must be one of {known}")
+
+
+def _matrices(params: optax.Params) -> optax.Params:
+    """Kernels as matrices from (taps, in) to out; Adam for all else and the head.
+
+    The head is the last of the tree that is a plain matrix with the fewest columns:
+    Muon's authors leave the output layer to Adam.
+    """
+    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+    classes = min(kernel.shape[-1] for kernel in kernels if kernel.ndim == 2)
+
+    def numbers(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or (leaf.ndim == 2 and leaf.shape[-1] == classes):
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), -1)
+
+    return jax.tree.map(numbers, params)
+
+
+def _at_initial(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation that is always shown the parameters that `init` was given."""
+
+    def init_fn(params: optax.Params) -> tuple[optax.OptState, optax.Params]:
+        return tx.init(params), params
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params
+        inner, initial = state
+        updates, inner = tx.update(updates, inner, initial, **extra_args)
+        return updates, (inner, initial)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.typing import DTypeLike
 
 from backmatch_optax import spec
 
@@ -31,28 +32,50 @@ _VGG_LAYERS: dict[int, tuple[int | str, ...]] = {
 
 def _normalised_relu(x: jax.Array, train: bool) -> jax.Array:
     x = nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, use_scale=False, use_bias=False
+        use_running_average=not train,
+        momentum=0.9,
+        use_scale=False,
+        use_bias=False,
+        dtype=x.dtype,
     )(x)
     return nn.relu(x)
 
 
 class LeNet(nn.Module):
-    """LeNet with BatchNorm, BM 3.3; 32x32 images."""
+    """LeNet with BatchNorm, BM 3.3; 32x32 images.
+
+    Attributes:
+      num_classes: the number of classes.
+      dtype: what it computes in; parameters and logits are float32.
+      conv: what computes a convolution, `jax.lax.conv_general_dilated` or its equal.
+      max_pool: what pools, `flax.linen.max_pool` or its equal.
+    """
 
     num_classes: int = 10
+    dtype: DTypeLike = "float32"
+    conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated
+    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits of a batch of images, shape (batch, classes)."""
         for name, features in (("cv1", 6), ("cv2", 16)):
-            x = nn.Conv(features, (5, 5), padding="VALID", use_bias=False, name=name)(x)
+            x = nn.Conv(
+                features,
+                (5, 5),
+                padding="VALID",
+                use_bias=False,
+                dtype=self.dtype,
+                conv_general_dilated=self.conv,
+                name=name,
+            )(x)
             x = _normalised_relu(x, train)
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            x = self.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape((x.shape[0], -1))
+        dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
         for name, features in (("fc1", 120), ("fc2", 84)):
-            x = nn.Dense(features, use_bias=False, name=name)(x)
-            x = _normalised_relu(x, train)
-        return nn.Dense(self.num_classes, use_bias=False, name="fc3")(x)
+            x = _normalised_relu(dense(features, name=name)(x), train)
+        return dense(self.num_classes, name="fc3")(x).astype("float32")
 
 
 def lenet_spec(input_shape: tuple[int, ...] = (32, 32, 3)) -> spec.LayerChain:
@@ -88,11 +111,13 @@ class VGG(nn.Module):
       depth: 11, 13, 16 or 19.
       num_classes: the number of classes.
       width: what every number of features is multiplied by.
+      dtype: what it computes in; parameters and logits are float32.
     """
 
     depth: int
     num_classes: int = 10
     width: float = 1.0
+    dtype: DTypeLike = "float32"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -101,10 +126,12 @@ class VGG(nn.Module):
             if isinstance(features, str):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             else:
-                x = nn.Conv(int(features * self.width), (3, 3), use_bias=False)(x)
+                features = int(features * self.width)
+                x = nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
                 x = _normalised_relu(x, train)
         x = x.reshape((x.shape[0], -1))
-        return nn.Dense(self.num_classes, use_bias=False)(x)
+        x = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype)(x)
+        return x.astype("float32")
 
 
 def vgg_spec(depth: int, input_shape: tuple[int, ...] = (32, 32, 3)) -> spec.LayerChain:

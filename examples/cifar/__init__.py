@@ -1,0 +1,1 @@
+"""The papers' experiments on real CIFAR: protocols, training, records, report."""

@@ -1,0 +1,227 @@
+"""Runs the papers' experiments: one run, a tuning grid, or a whole table.
+
+    python -m examples.cifar --experiment lenet_fig2 --methods backmatch --seeds 0
+    python -m examples.cifar --experiment lenet_fig2 --tune
+    python -m examples.cifar --experiment vgg_tables --model vgg16 --time-limit 3500
+    python -m examples.cifar.report
+
+Without a learning rate, each method takes the one that its tuning runs found best at
+the same weight decay; runs of the tuning grid that are missing come first. Every run is
+added to the results file, and what is there already is not run again: after a kill or
+at the end of its time, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from tqdm import tqdm
+
+from examples import data, methods, models
+from examples.cifar import records
+from examples.cifar.experiments import (
+    EXPERIMENTS,
+    LEARNING_RATES,
+    WEIGHT_DECAYS,
+    Experiment,
+)
+from examples.cifar.trainer import OutOfTime, Run, train
+
+TUNING_SEED = 100
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.cifar",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--experiment", choices=EXPERIMENTS, required=True, help="the protocol")
+    add(
+        "--methods",
+        nargs="+",
+        choices=LEARNING_RATES,
+        default=list(methods.METHODS),
+        metavar="METHOD",
+        help="of " + ", ".join(map(repr, LEARNING_RATES)) + "; default: the first four",
+    )
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    add(
+        "--weight-decays",
+        nargs="+",
+        type=float,
+        help="one run for each; default: the best of the tuning grid",
+    )
+    add("--learning-rate", type=float, help="for all methods, instead of tuning")
+    add("--tune", action="store_true", help="the tuning grid alone")
+    add("--tuning-epochs", type=int, help="default: as many as the experiment has")
+    for field in dataclasses.fields(Experiment):
+        if field.name == "augment":
+            add("--augment", action=argparse.BooleanOptionalAction)
+        else:
+            kind = (
+                int if field.type == "int" else float if field.type == "float" else str
+            )
+            known = {
+                "dataset": data.DATASETS,
+                "model": models.MODELS,
+                "dtype": ("float32", "bfloat16"),
+                "schedule": ("constant", "linear", "step", "plateau"),
+            }.get(field.name)
+            add(
+                f"--{field.name.replace('_', '-')}",
+                type=kind,
+                choices=known,
+                help="instead of the experiment's",
+            )
+    add("--patience", type=int, help="stop after so many epochs without a new best")
+    add("--group", type=int, help="runs in one program; default: 1 on CPU, all on GPU")
+    add("--time-limit", type=float, help="seconds after which to stop, resumable")
+    add("--data-dir", help="of tensorflow-datasets; default: TFDS_DATA_DIR or its own")
+    add("--results", type=Path, default=records.RESULTS, help="the results file")
+    add(
+        "--checkpoints",
+        type=Path,
+        default=Path("outputs/cifar"),
+        help="where checkpoints of unfinished runs go",
+    )
+    options = parser.parse_args(arguments)
+    options.protocol = dataclasses.replace(
+        EXPERIMENTS[options.experiment],
+        **{
+            field.name: value
+            for field in dataclasses.fields(Experiment)
+            if (value := getattr(options, field.name)) is not None
+        },
+    )
+    for name in ("epochs", "batch_size"):
+        if getattr(options.protocol, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return options
+
+
+class Runner:
+    """Trains what is missing from the results file."""
+
+    def __init__(self, options: argparse.Namespace):
+        self._options = options
+        self._dataset = data.load(options.protocol.dataset, options.data_dir)
+        self._deadline = time.monotonic() + (options.time_limit or float("inf"))
+
+    def accuracies(self, experiment: Experiment, runs: Sequence[Run]) -> list[float]:
+        """The final accuracy of every run; NaN where it diverged."""
+        done = self._done(experiment, runs)
+        missing = [run for run in runs if run not in done]
+        size = self._options.group or (1 if jax.default_backend() == "cpu" else None)
+        by_method = lambda run: (run.method, run.tuning)  # noqa: E731
+        for _, group in itertools.groupby(missing, by_method):
+            queue = list(group)
+            for start in range(0, len(queue), size or len(queue)):
+                self._train(experiment, queue[start : start + (size or len(queue))])
+        done = self._done(experiment, runs)
+        return [done[run] for run in runs]
+
+    def _done(self, experiment: Experiment, runs: Sequence[Run]) -> dict[Run, float]:
+        found = {}
+        keys = {
+            records.fingerprint([self._identity(experiment, run)]): run for run in runs
+        }
+        for record in records.load(self._options.results):
+            parts = {name: record[name] for name in ("experiment", "protocol", "run")}
+            run = keys.get(records.fingerprint([parts]))
+            if run is not None:
+                diverged = record["outcome"].startswith("diverged")
+                final = record["accuracy"][-1]
+                found[run] = float("nan") if diverged else final
+        return found
+
+    def _identity(self, experiment: Experiment, run: Run) -> dict:
+        return records.identity(self._options.experiment, experiment, run)
+
+    def _train(self, experiment: Experiment, runs: Sequence[Run]) -> None:
+        name = records.fingerprint(self._identity(experiment, run) for run in runs)
+        directory = self._options.checkpoints.absolute() / name
+        history = train(
+            experiment,
+            runs,
+            self._dataset,
+            directory,
+            patience=self._options.patience,
+            deadline=self._deadline,
+        )
+        new = records.of_group(self._options.experiment, experiment, runs, history)
+        records.append(new, self._options.results)
+        shutil.rmtree(directory)
+        for record in new:
+            run = record["run"]
+            tqdm.write(
+                f"{run['method']}, rate {run['learning_rate']:g}, decay "
+                f"{run['weight_decay']:g}, seed {run['seed']}"
+                f"{', held out' if run['tuning'] else ''}: {record['outcome']}, "
+                f"accuracy {record['accuracy'][-1]:.2%}, loss {record['loss'][-1]}"
+            )
+
+
+def grid(method: str, decays: Sequence[float] | None) -> Iterator[tuple[float, float]]:
+    """The candidates of a method, each a learning rate and a weight decay."""
+    yield from itertools.product(
+        LEARNING_RATES[method], decays or WEIGHT_DECAYS[method]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> bool:
+    """Does what is missing; returns whether all of it is done."""
+    options = parse(arguments)
+    runner = Runner(options)
+    short = dataclasses.replace(
+        options.protocol, epochs=options.tuning_epochs or options.protocol.epochs
+    )
+    try:
+        for method in options.methods:
+            if options.learning_rate is not None:
+                chosen = [
+                    (options.learning_rate, decay)
+                    for decay in options.weight_decays or (0.0,)
+                ]
+            else:
+                candidates = list(grid(method, options.weight_decays))
+                held_out = runner.accuracies(
+                    short,
+                    [Run(method, *c, TUNING_SEED, tuning=True) for c in candidates],
+                )
+                scores = dict(zip(candidates, held_out, strict=True))
+                chosen = best(scores, each_decay=bool(options.weight_decays))
+            if not options.tune:
+                runner.accuracies(
+                    options.protocol,
+                    [Run(method, *c, seed) for c in chosen for seed in options.seeds],
+                )
+    except OutOfTime:
+        print("Out of time. The same command goes on from here.")
+        return False
+    print(f"Done. The results are in {options.results}")
+    return True
+
+
+def best(
+    scores: dict[tuple[float, float], float], *, each_decay: bool
+) -> list[tuple[float, float]]:
+    """The candidates with the best score, of all or for each decay; NaN is worst."""
+    key = lambda c: scores[c] if scores[c] == scores[c] else -1.0  # noqa: E731
+    if not each_decay:
+        return [max(scores, key=key)]
+    decays = dict.fromkeys(decay for _, decay in scores)
+    return [max((c for c in scores if c[1] == d), key=key) for d in decays]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The papers' protocols (BM 3.3, BM 4, LH 4.1), as plain configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+Schedule = Literal["constant", "linear", "step", "plateau"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is the same for every run of an experiment.
+
+    Attributes:
+      dataset: of `examples.data.DATASETS`.
+      model: of `examples.models.MODELS`.
+      epochs: passes over the training images.
+      schedule: of the learning rate: constant; linear, to 0 at the end; step, times 0.2
+        after each fifth of the epochs; plateau, halved when an epoch's training loss
+        has not improved for 10 epochs.
+      augment: random flips and rotations.
+      batch_size: images a step.
+      momentum: of every method but AdamW and Muon, Nesterov's.
+      dtype: what the network computes in; parameters are float32.
+      train_images: the first so many only; 0 for all.
+    """
+
+    dataset: str
+    model: str
+    epochs: int
+    schedule: Schedule
+    augment: bool
+    batch_size: int = 128
+    momentum: float = 0.9
+    dtype: str = "float32"
+    train_images: int = 0
+
+    def decay_of_rate(self, steps_per_epoch: int) -> optax.Schedule:
+        """What the learning rate is multiplied by at a step."""
+        steps = self.epochs * steps_per_epoch
+        match self.schedule:
+            case "linear":
+                return optax.linear_schedule(1.0, 0.0, steps)
+            case "step":
+                boundaries = [steps * fifth // 5 for fifth in range(1, 5)]
+                return optax.piecewise_constant_schedule(
+                    1.0, dict.fromkeys(boundaries, 0.2)
+                )
+        return optax.constant_schedule(1.0)
+
+
+EXPERIMENTS = {
+    # LeNet at a fixed rate.
+    "lenet_fig2": Experiment("cifar10", "lenet", 200, "constant", augment=False),
+    # VGG with a step schedule; --model and --dataset give each entry of the tables.
+    "vgg_tables": Experiment("cifar100", "vgg11", 300, "step", augment=True),
+    # VGG13 with a plateau schedule.
+    "vgg_plateau": Experiment("cifar10", "vgg13", 300, "plateau", augment=True),
+}
+
+# The same number of learning rates for every method: the papers' (BM 3.3, 4), and for
+# methods they do not have around what their authors recommend.
+LEARNING_RATES = {
+    "sgd": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "lars": (1.0, 2.0, 5.0, 10.0, 20.0),
+    "lsalr": (0.006, 0.02, 0.05, 0.1, 0.2),
+    "backmatch": (0.005, 0.01, 0.02, 0.05, 0.1),
+    "adamw": (0.0001, 0.0003, 0.001, 0.003, 0.01),
+    "muon": (0.0001, 0.0003, 0.001, 0.003, 0.01),
+    "backmatch, decay after": (0.005, 0.01, 0.02, 0.05, 0.1),
+    "backmatch, mean field": (0.005, 0.01, 0.02, 0.05, 0.1),
+    "backmatch, frozen": (0.005, 0.01, 0.02, 0.05, 0.1),
+    "own norm": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "fan-in": (0.2, 0.5, 1.0, 2.0, 5.0),
+}
+
+# The papers' 0 and 5e-4, and one above: the scale multiplies the decay too, so that a
+# comparison at one fixed decay compares decays. The last two methods multiply the decay
+# by the rate alone, which is a hundred times smaller.
+WEIGHT_DECAYS = dict.fromkeys(LEARNING_RATES, (0.0, 5e-4, 5e-3)) | {
+    "adamw": (0.0, 5e-2, 5e-1),
+    "muon": (0.0, 5e-2, 5e-1),
+}

@@ -1,0 +1,101 @@
+"""The results file: one line of JSON for every run, whatever became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from examples.cifar.experiments import Experiment
+from examples.cifar.trainer import History, Run
+
+RESULTS = Path(__file__).parents[1] / "results" / "cifar" / "runs.jsonl"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "backmatch-optax", "numpy")
+
+
+def identity(name: str, experiment: Experiment, run: Run) -> dict[str, Any]:
+    """What makes a run the same run: its experiment's name, protocol and numbers."""
+    return {
+        "experiment": name,
+        "protocol": dataclasses.asdict(experiment),
+        "run": dataclasses.asdict(run),
+    }
+
+
+def fingerprint(parts: Iterable[dict[str, Any]]) -> str:
+    """A short name for a group of runs, for its checkpoints."""
+    text = json.dumps(list(parts), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of_group(
+    name: str, experiment: Experiment, runs: Iterable[Run], history: History
+) -> list[dict[str, Any]]:
+    """A record for each run of a group that has ended."""
+    device = jax.devices()[0]
+    context = {
+        "versions": {p: metadata.version(p) for p in _PACKAGES}
+        | {"python": platform.python_version()},
+        "device": f"{device.platform} {device.device_kind}",
+        "cores": os.cpu_count(),
+    }
+    records = []
+    for index, run in enumerate(runs):
+        trained = int((~np.isnan(history.accuracy[:, index])).sum())
+        loss = history.loss[:trained, index]
+        finite = np.isfinite(loss)
+        if not finite.all():
+            outcome = f"diverged in epoch {int((~finite).argmax()) + 1}"
+        elif trained < experiment.epochs:
+            outcome = f"stopped early after epoch {trained}"
+        else:
+            outcome = "finished"
+        records.append(
+            identity(name, experiment, run)
+            | {
+                "outcome": outcome,
+                "loss": _rounded(loss),
+                "accuracy": _rounded(history.accuracy[:trained, index]),
+                "layer_scales": {
+                    path: _rounded(values[:trained, index])
+                    for path, values in history.layer_scales.items()
+                },
+                "norms": {
+                    path: _rounded(values[:trained, index])
+                    for path, values in history.norms.items()
+                },
+                "seconds": _rounded(history.seconds[:trained]),
+                "runs_at_once": history.loss.shape[1],
+            }
+            | context
+        )
+    return records
+
+
+def append(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Adds records at the end of the file, each a line written in one piece."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with path.open("a") as file:
+        file.write(text)
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """All records, oldest first; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """Five digits; None for what is not a finite number, which JSON does not know."""
+    return [float(f"{v:.5g}") if np.isfinite(v) else None for v in values]

@@ -1,0 +1,374 @@
+"""Trains a group of runs as one program: same method, own rates, decays and seeds.
+
+Everything that training needs lives on the device: images as uint8, one state with a
+leading axis over the runs. On a GPU an epoch is one compiled program; on a CPU, where a
+convolution inside `jax.lax.scan` is several times slower, a loop of compiled steps.
+Whatever is random is a function of seed, epoch and step, so that a state and its epoch
+are all a checkpoint needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from examples import data, methods, models
+from examples.cifar import cpu
+from examples.cifar.experiments import Experiment
+
+State = dict[str, Any]
+_EVAL_BATCH = 1000
+_MAX_ROTATION = np.pi / 12  # 15 degrees; the papers say "random rotation" only
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+      method: of `examples.methods`.
+      learning_rate: at the start.
+      weight_decay: as the method understands it.
+      seed: of initial weights, order of batches and augmentation, for every method.
+      tuning: whether a tenth of the training images stands in for the test images.
+    """
+
+    method: str
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    tuning: bool = False
+
+
+@dataclasses.dataclass
+class History:
+    """What is known of a group of runs after each epoch, shape (epochs, runs)."""
+
+    loss: np.ndarray  # mean training loss of the epoch; NaN before it is over
+    accuracy: np.ndarray  # on the images that judge, in [0, 1]
+    seconds: np.ndarray  # that the epoch took, for all runs together; shape=(epochs,)
+    layer_scales: dict[str, np.ndarray]  # where the method has them
+    norms: dict[str, np.ndarray]  # of every kernel, Frobenius
+
+
+class OutOfTime(Exception):
+    """Training stopped at its deadline; the same call goes on from its checkpoint."""
+
+
+def split(dataset: data.Dataset, experiment: Experiment, tuning: bool) -> data.Dataset:
+    """The images to train on, and in the test's place those that judge."""
+    if experiment.train_images:
+        count = experiment.train_images
+        dataset = dataset._replace(
+            train_images=dataset.train_images[:count],
+            train_labels=dataset.train_labels[:count],
+        )
+    return dataset.hold_out(0.1) if tuning else dataset
+
+
+class Program:
+    """The compiled functions of a group: `init`, `epoch` and `accuracy`.
+
+    Args:
+      experiment: the protocol.
+      runs: of one method, each with its own numbers.
+      dataset: as `split` gives it.
+    """
+
+    def __init__(
+        self, experiment: Experiment, runs: Sequence[Run], dataset: data.Dataset
+    ):
+        self.experiment, self.dataset = experiment, dataset
+        self.steps = len(dataset.train_images) // experiment.batch_size
+        if not self.steps:
+            raise SystemExit(
+                f"--batch-size: a batch of {experiment.batch_size} is more than the "
+                f"{len(dataset.train_images)} training images"
+            )
+        (self._method,) = {run.method for run in runs}
+        self._seeds = jnp.array([run.seed for run in runs])
+        self._numbers = {
+            name: jnp.array([getattr(run, name) for run in runs], jnp.float32)
+            for name in ("learning_rate", "weight_decay")
+        }
+        model, self._chain = models.MODELS[experiment.model](
+            dataset.num_classes, dataset.input_shape
+        )
+        on_cpu = jax.default_backend() == "cpu"
+        if on_cpu and experiment.model == "lenet":
+            model = model.clone(conv=cpu.conv_in_blocks, max_pool=cpu.max_pool)
+        self._model = model.clone(dtype=experiment.dtype)
+        self._train = jax.device_put((dataset.train_images, dataset.train_labels))
+        self._test = jax.device_put((dataset.test_images, dataset.test_labels))
+        self._init = jax.jit(jax.vmap(self._init_one))
+        self._order = jax.jit(jax.vmap(self._order_one, in_axes=(0, None)))
+        in_axes = (0, 0, 0, 0, None, None, None, None)
+        steps = jax.vmap(self._step_one, in_axes=in_axes)
+        self._step = jax.jit(steps, donate_argnums=0)
+        self._epoch = None if on_cpu else jax.jit(self._scan(steps), donate_argnums=0)
+        self._count_right = jax.jit(jax.vmap(self._count_right_one, (0, None, None)))
+        self._watched = jax.jit(jax.vmap(self._watch_one))
+
+    def init(self) -> State:
+        """The state before training, with a leading axis over the runs."""
+        return self._init(self._numbers, self._seeds)
+
+    def epoch(
+        self, state: State, epoch: int, on_step: Callable[[int], Any]
+    ) -> tuple[State, np.ndarray]:
+        """Trains for one epoch; also returns the runs' mean loss, shape (runs,).
+
+        `on_step` is called with the number of steps done since the last call. The host
+        waits for the device once, at the end.
+        """
+        order = self._order(self._seeds, epoch)
+        rest = (self._numbers, self._seeds, order)
+        if self._epoch is not None:
+            state, losses = self._epoch(state, *rest, epoch, *self._train)
+            mean = np.asarray(losses)
+            on_step(self.steps)
+            return state, mean
+        losses = []
+        for step in range(self.steps):
+            state, loss = self._step(state, *rest, epoch, step, *self._train)
+            losses.append(loss)
+            on_step(1)
+        return state, np.mean(jax.device_get(losses), axis=0)
+
+    def accuracy(self, state: State) -> np.ndarray:
+        """Share of the judging images that is classified right, shape (runs,)."""
+        images, labels = self._test
+        variables = {"params": state["params"], "batch_stats": state["batch_stats"]}
+        right = [
+            self._count_right(
+                variables, images[i : i + _EVAL_BATCH], labels[i : i + _EVAL_BATCH]
+            )
+            for i in range(0, len(images), _EVAL_BATCH)
+        ]
+        return np.sum(jax.device_get(right), axis=0) / len(images)
+
+    def watch(self, state: State) -> dict[str, dict[str, np.ndarray]]:
+        """The layers' scales and the kernels' norms, each of shape (runs,)."""
+        return jax.device_get(self._watched(state))
+
+    def optimizer(
+        self, numbers: dict[str, jax.Array]
+    ) -> optax.GradientTransformationExtraArgs:
+        """The method at a learning rate and a weight decay, with its schedule."""
+        factor = self.experiment.decay_of_rate(self.steps)
+        tx = methods.optimizer(
+            self._method,
+            lambda step: numbers["learning_rate"] * factor(step),
+            self._chain,
+            weight_decay=numbers["weight_decay"],
+            momentum=self.experiment.momentum,
+        )
+        if self.experiment.schedule != "plateau":
+            return tx
+        return optax.chain(
+            tx,
+            optax.contrib.reduce_on_plateau(
+                factor=0.5, patience=10, accumulation_size=self.steps
+            ),
+        )
+
+    def _init_one(self, numbers: dict[str, jax.Array], seed: jax.Array) -> State:
+        image = jnp.zeros((1, *self.dataset.input_shape))
+        variables = self._model.init(jax.random.key(seed), image, train=False)
+        params = variables["params"]
+        return {
+            "params": params,
+            "batch_stats": variables["batch_stats"],
+            "opt_state": self.optimizer(numbers).init(params),
+        }
+
+    def _order_one(self, seed: jax.Array, epoch: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), epoch)
+        order = jax.random.permutation(key, len(self.dataset.train_images))
+        size = self.steps * self.experiment.batch_size
+        return order[:size].reshape(self.steps, self.experiment.batch_size)
+
+    def _step_one(
+        self, state: State, numbers, seed, order, epoch, step, images, labels
+    ) -> tuple[State, jax.Array]:
+        chosen = order[step]
+        x, y = self.dataset.standardise(images[chosen]), labels[chosen]
+        if self.experiment.augment:
+            key = jax.random.fold_in(jax.random.key(seed), epoch)
+            x = augment(jax.random.fold_in(key, step), x)
+
+        def loss_fn(params):
+            logits, mutated = self._model.apply(
+                {"params": params, "batch_stats": state["batch_stats"]},
+                x,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return losses.mean(), mutated["batch_stats"]
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, batch_stats), gradient = grad_fn(state["params"])
+        updates, opt_state = self.optimizer(numbers).update(
+            gradient, state["opt_state"], state["params"], value=loss
+        )
+        params = optax.apply_updates(state["params"], updates)
+        state = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+        return state, loss
+
+    def _scan(self, steps: Callable) -> Callable:
+        def run(state, numbers, seeds, order, epoch, images, labels):
+            def body(state, step):
+                return steps(state, numbers, seeds, order, epoch, step, images, labels)
+
+            state, losses = jax.lax.scan(body, state, jnp.arange(self.steps))
+            return state, losses.mean(0)
+
+        return run
+
+    def _count_right_one(self, variables, images, labels) -> jax.Array:
+        images = self.dataset.standardise(images)
+        logits = self._model.apply(variables, images, train=False)
+        return jnp.sum(logits.argmax(-1) == labels)
+
+    def _watch_one(self, state: State) -> dict[str, dict[str, jax.Array]]:
+        kernels = jax.tree_util.tree_leaves_with_path(state["params"])
+        return {
+            "layer_scales": optax.tree.get(
+                state["opt_state"], "layer_scales", default={}
+            ),
+            "norms": {
+                "/".join(str(key.key) for key in path[:-1]): jnp.linalg.norm(
+                    kernel.ravel()
+                )
+                for path, kernel in kernels
+            },
+        }
+
+
+def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    """A random flip and a random rotation of each image."""
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        flip, turn = jax.random.split(key)
+        image = pix.random_flip_left_right(flip, image)
+        angle = jax.random.uniform(turn, (), minval=-1, maxval=1) * _MAX_ROTATION
+        return pix.rotate(image, angle)  # bilinear, the nearest pixel beyond the edge
+
+    return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+def train(
+    experiment: Experiment,
+    runs: Sequence[Run],
+    dataset: data.Dataset,
+    directory: Path,
+    *,
+    patience: int | None = None,
+    deadline: float = float("inf"),
+    progress: bool = True,
+    on_epoch: Callable[[int, History], Any] = lambda epoch, history: None,
+) -> History:
+    """Trains a group of runs, from its latest checkpoint if there is one.
+
+    Args:
+      experiment: the protocol.
+      runs: of one method and one value of `tuning`.
+      dataset: the whole data set, as `examples.data.load` gives it.
+      directory: an absolute path, for this group's checkpoints.
+      patience: stop early once the best accuracy of every run is this many epochs old;
+        None to train to the end.
+      deadline: of `time.monotonic()`, checked after every epoch.
+      progress: whether to show a bar.
+      on_epoch: called with the number of epochs done and the history.
+
+    Returns:
+      The history; epochs that were not trained are NaN. A run whose loss is not a
+      finite number stays as it is; the group stops early once that is so of all.
+
+    Raises:
+      OutOfTime: at the deadline.
+    """
+    (tuning,) = {run.tuning for run in runs}
+    program = Program(experiment, runs, split(dataset, experiment, tuning))
+    state = program.init()
+    watched = program.watch(state)
+    blank = np.full((experiment.epochs, len(runs)), np.nan)
+    history = History(
+        loss=blank.copy(),
+        accuracy=blank.copy(),
+        seconds=np.full(experiment.epochs, np.nan),
+        **{
+            name: {path: blank.copy() for path in watched[name]}
+            for name in ("layer_scales", "norms")
+        },
+    )
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=1, enable_async_checkpointing=False
+    )
+    with ocp.CheckpointManager(directory, options=options) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        if done:
+            saved = checkpoints.restore(
+                done,
+                args=ocp.args.StandardRestore(
+                    {"state": state, "history": dataclasses.asdict(history)}
+                ),
+            )
+            state, history = saved["state"], History(**saved["history"])
+        total = experiment.epochs * program.steps
+        with tqdm(
+            total=total,
+            initial=done * program.steps,
+            unit="step",
+            disable=not progress,
+            desc=runs[0].method,
+        ) as bar:
+            for epoch in range(done, experiment.epochs):
+                if _finished(history, epoch, patience):
+                    break
+                if time.monotonic() > deadline:
+                    raise OutOfTime
+                start = time.perf_counter()
+                state, loss = program.epoch(state, epoch, bar.update)
+                history.loss[epoch] = loss
+                history.seconds[epoch] = time.perf_counter() - start
+                history.accuracy[epoch] = program.accuracy(state)
+                for name, values in program.watch(state).items():
+                    for path, value in values.items():
+                        getattr(history, name)[path][epoch] = value
+                checkpoints.save(
+                    epoch + 1,
+                    args=ocp.args.StandardSave(
+                        {"state": state, "history": dataclasses.asdict(history)}
+                    ),
+                )
+                bar.set_postfix(
+                    loss=f"{loss.min():.3f}",
+                    accuracy=f"{history.accuracy[epoch].max():.2%}",
+                )
+                on_epoch(epoch + 1, history)
+    return history
+
+
+def _finished(history: History, epochs: int, patience: int | None) -> bool:
+    """Whether every run has diverged or stopped to improve."""
+    if not epochs:
+        return False
+    diverged = ~np.isfinite(history.loss[:epochs]).all(0)
+    stale = np.zeros_like(diverged)
+    if patience is not None:
+        best = history.accuracy[:epochs].argmax(0)
+        stale = epochs - 1 - best >= patience
+    return bool((diverged | stale).all())

@@ -1,0 +1,330 @@
+"""Does SGD's learning rate carry over? Loss against learning rate, network by network.
+
+Networks differ in width, depth, the size of their initial weights, their kind and the
+number of classes. Each is trained for a few hundred steps at every learning rate of a
+grid by SGD, by backmatch with the papers' scales, and by backmatch with
+`normalize=True`, which divides the scales by their mean so that SGD's rate is theirs.
+
+    python -m examples.transfer
+    python -m examples.transfer --dataset cifar10 --networks mlp lenet
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+from examples import data, models
+from examples.cifar import cpu
+
+matplotlib.use("Agg")  # pictures go to files, also where there is no screen
+import matplotlib.pyplot as plt
+
+METHODS = ("sgd", "backmatch", "backmatch, normalized")
+LEARNING_RATES = tuple(2.0**power for power in range(-13, 2))
+_BATCH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network to train.
+
+    Attributes:
+      change: what differs from the others of its panel.
+      kind: "mlp", of ReLU layers without normalisation, or "lenet".
+      depth: the number of dense layers of an MLP.
+      width: the features of an MLP's hidden layers.
+      init: what the initial weights are multiplied by.
+      dataset: instead of the one that was asked for.
+    """
+
+    change: str
+    kind: str = "mlp"
+    depth: int = 4
+    width: int = 128
+    init: float = 1.0
+    dataset: str | None = None
+
+
+PANELS: dict[str, tuple[Network, ...]] = {
+    "width": tuple(Network(f"width {w}", width=w) for w in (32, 128, 512)),
+    "depth": tuple(Network(f"depth {d}", depth=d) for d in (2, 4, 8)),
+    "initial weights": tuple(Network(f"times {s:g}", init=s) for s in (0.5, 1, 2)),
+    "LeNet, classes": (
+        Network("10 classes", kind="lenet", dataset="cifar10"),
+        Network("100 classes", kind="lenet", dataset="cifar100"),
+    ),
+}
+
+
+class MLP(nn.Module):
+    """ReLU layers of equal width, He-initialised."""
+
+    depth: int
+    width: int
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits of images, shape (batch, classes)."""
+        del train
+        x = x.reshape(len(x), -1)
+        init = nn.initializers.he_normal()
+        for _ in range(self.depth - 1):
+            x = nn.relu(nn.Dense(self.width, use_bias=False, kernel_init=init)(x))
+        return nn.Dense(self.classes, use_bias=False, kernel_init=init)(x)
+
+
+def mlp_spec(depth: int, input_shape: tuple[int, ...]) -> spec.LayerChain:
+    """The declared chain of `MLP`, of any width."""
+    links: list[spec.Link] = [spec.Flatten()]
+    for number in range(depth - 1):
+        links += [spec.Dense(f"Dense_{number}"), spec.Activation("relu")]
+    links.append(spec.Dense(f"Dense_{depth - 1}"))
+    return spec.LayerChain(links, input_shape=input_shape)
+
+
+def optimizer(
+    method: str, rate: optax.ScalarOrSchedule, chain: spec.LayerChain
+) -> optax.GradientTransformation:
+    """Nesterov SGD, plain or after the scale."""
+    if method == "sgd":
+        return optax.sgd(rate, momentum=0.9, nesterov=True)
+    normalize = method == "backmatch, normalized"
+    return bmo.backmatch_sgd(rate, chain, normalize=normalize)
+
+
+def images_for(network: Network, images: np.ndarray, dataset: data.Dataset):
+    """Standardised images; for an MLP made smaller, digits 8x8 and CIFAR 16x16."""
+    x = np.asarray(dataset.standardise(jnp.asarray(images)), np.float32)
+    if network.kind != "mlp":
+        return x
+    window = 4 if dataset.name == "digits" else 2
+    n, height, width, channels = x.shape
+    x = x.reshape(n, height // window, window, width // window, window, channels)
+    return x.mean((2, 4))
+
+
+def final_losses(
+    network: Network,
+    method: str,
+    dataset: data.Dataset,
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+) -> np.ndarray:
+    """Mean training loss of the last tenth of the steps, shape (rates, seeds).
+
+    The rate falls linearly to zero, so that the end tells more than the noise of the
+    last steps. NaN where a run diverged.
+    """
+    images = images_for(network, dataset.train_images[:20_000], dataset)
+    labels = dataset.train_labels[:20_000]
+    if network.kind == "mlp":
+        model: nn.Module = MLP(network.depth, network.width, dataset.num_classes)
+        chain = mlp_spec(network.depth, images.shape[1:])
+    else:
+        model, chain = models.MODELS[network.kind](
+            dataset.num_classes, dataset.input_shape
+        )
+        if jax.default_backend() == "cpu":
+            model = model.clone(conv=cpu.conv_in_blocks, max_pool=cpu.max_pool)
+
+    def tx_at(rate: jax.Array) -> optax.GradientTransformation:
+        return optimizer(method, lambda step: rate * (1 - step / steps), chain)
+
+    def init(rate: jax.Array, seed: jax.Array) -> tuple[Any, Any, Any]:
+        variables: Any = model.init(jax.random.key(seed), images[:2], train=False)
+        params = jax.tree.map(lambda p: network.init * p, variables["params"])
+        return params, variables.get("batch_stats", {}), tx_at(rate).init(params)
+
+    def step(state, rate, x, y):
+        params, stats, opt_state = state
+
+        def loss_fn(params):
+            variables = {"params": params, "batch_stats": stats}
+            logits, mutated = model.apply(
+                variables, x, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+            return losses.mean(), mutated.get("batch_stats", {})
+
+        (loss, stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx_at(rate).update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    init_all = jax.jit(jax.vmap(init))
+    step_all = jax.jit(jax.vmap(step, in_axes=(0, 0, None, None)), donate_argnums=0)
+    runs = np.array([(rate, seed) for rate in rates for seed in seeds])
+    # A convolution with kernels of many runs is slow on a CPU; a matrix product is not.
+    at_once = len(runs) if network.kind == "mlp" else 1
+    final = []
+    for first in range(0, len(runs), at_once):
+        rate, seed = jnp.asarray(runs[first : first + at_once].T)
+        state = init_all(rate, seed.astype(int))
+        rng, losses = np.random.default_rng(0), []  # the same batches for every run
+        for _ in range(steps):
+            chosen = rng.integers(len(images), size=_BATCH)
+            state, loss = step_all(state, rate, images[chosen], labels[chosen])
+            losses.append(loss)
+        final.append(np.mean(jax.device_get(losses[-max(steps // 10, 1) :]), axis=0))
+    return np.concatenate(final).reshape(len(rates), len(seeds))
+
+
+def best_rate(losses: np.ndarray, rates: Sequence[float]) -> float:
+    """The rate whose mean loss over the seeds is least; one that diverged has none."""
+    means = losses.mean(1)
+    return rates[int(np.argmin(np.where(np.isfinite(means), means, np.inf)))]
+
+
+def plot(curves: dict[str, dict[str, dict[str, np.ndarray]]], path: Path) -> None:
+    """A row for each panel, a column for each method, a line for each network."""
+    figure, axes = plt.subplots(
+        len(curves),
+        len(METHODS),
+        figsize=(10, 2.6 * len(curves)),
+        layout="constrained",
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+    )
+    for row, (panel, networks) in zip(axes, curves.items(), strict=True):
+        for axis, method in zip(row, METHODS, strict=True):
+            for number, (change, methods) in enumerate(networks.items()):
+                losses = methods[method]
+                line = axis.plot(
+                    LEARNING_RATES, losses.mean(1), "o-", ms=3, label=change
+                )
+                low, high = losses.min(1), losses.max(1)
+                colour = line[0].get_color()
+                axis.fill_between(
+                    LEARNING_RATES, low, high, color=colour, alpha=0.2, lw=0
+                )
+                axis.axvline(
+                    best_rate(losses, LEARNING_RATES) * 1.06 ** (number - 1),
+                    color=colour,
+                    linestyle=":",
+                )
+            axis.set(xscale="log")
+        least = min(np.nanmin(m) for n in networks.values() for m in n.values())
+        row[0].set(
+            ylabel=f"{panel}\nfinal training loss", ylim=(least - 0.1, least + 1.5)
+        )
+        row[0].legend(fontsize="small", loc="upper left")
+    for axis, method in zip(axes[0], METHODS, strict=True):
+        axis.set_title(method)
+    for axis in axes[-1]:
+        axis.set(xlabel="learning rate")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]]:
+    """Prints the best rates and saves the curves; returns best rates by network."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.transfer",
+        description="Loss against learning rate for networks of several widths, depths "
+        "and initial weights, under SGD and backmatch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--dataset", choices=data.DATASETS, default="digits")
+    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        choices=("mlp", "lenet"),
+        default=["mlp"],
+        help="lenet needs CIFAR-10 and -100",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=300, help="training steps of a run"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs at each rate")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs/transfer"))
+    options = parser.parse_args(arguments)
+    for name in ("steps", "seeds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    datasets: dict[str, data.Dataset] = {}
+    curves: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    found: dict[str, dict[str, list[float]]] = {}
+    panels = {
+        panel: networks
+        for panel, networks in PANELS.items()
+        if networks[0].kind in options.networks
+    }
+    header = "  ".join(f"{method:>22}" for method in METHODS)
+    tqdm.write(f"{'best learning rate':28}  {header}")
+    total = len(METHODS) * sum(map(len, panels.values()))
+    with tqdm(total=total, unit="curve") as bar:
+        for panel, networks in panels.items():
+            curves[panel], found[panel] = {}, {method: [] for method in METHODS}
+            for network in networks:
+                name = network.dataset or options.dataset
+                if name not in datasets:
+                    datasets[name] = data.load(name, options.data_dir)
+                results = {}
+                for method in METHODS:
+                    # A convolution takes minutes a curve on a CPU: one seed there.
+                    seeds = range(options.seeds if network.kind == "mlp" else 1)
+                    results[method] = final_losses(
+                        network,
+                        method,
+                        datasets[name],
+                        LEARNING_RATES,
+                        seeds,
+                        options.steps,
+                    )
+                    found[panel][method].append(
+                        best_rate(results[method], LEARNING_RATES)
+                    )
+                    bar.update()
+                curves[panel][network.change] = results
+                cells = [
+                    f"2^{np.log2(found[panel][m][-1]):<3g} "
+                    f"loss {np.nanmin(results[m].mean(1)):.3f}"
+                    for m in METHODS
+                ]
+                tqdm.write(
+                    f"{panel + ', ' + network.change:28}  "
+                    + "  ".join(f"{cell:>22}" for cell in cells)
+                )
+    for method in METHODS[1:]:
+        ratios = [
+            ours / sgds
+            for panel in found.values()
+            for ours, sgds in zip(panel[method], panel["sgd"], strict=True)
+        ]
+        print(
+            f"{method}: its best rate is {min(ratios):g} to {max(ratios):g} times SGD's"
+        )
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    plot(curves, options.output_dir / "transfer.png")
+    (options.output_dir / "transfer.json").write_text(
+        json.dumps(
+            {"options": vars(options), "rates": LEARNING_RATES, "curves": curves},
+            default=lambda value: (
+                value.tolist() if isinstance(value, np.ndarray) else str(value)
+            ),
+        )
+    )
+    print(f"transfer.png and transfer.json are in {options.output_dir}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The harness of the papers' experiments, on the digits."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples import data, methods
+from examples.cifar import __main__ as cli
+from examples.cifar import cpu, records, report, trainer
+from examples.cifar.experiments import EXPERIMENTS, LEARNING_RATES, WEIGHT_DECAYS
+
+# Small enough that a run is mostly its compilation.
+SMALL = ("--experiment", "lenet_fig2", "--dataset", "digits", "--train-images", "256")
+
+
+def run(tmp_path, *arguments):
+    done = cli.main(
+        [
+            *SMALL,
+            *("--results", str(tmp_path / "runs.jsonl")),
+            *("--checkpoints", str(tmp_path / "checkpoints")),
+            *arguments,
+        ]
+    )
+    return done, records.load(tmp_path / "runs.jsonl")
+
+
+def one_run(tmp_path, method="backmatch", *arguments, rate="0.05"):
+    fixed = ("--methods", method, "--learning-rate", rate, "--seeds", "0")
+    done, (record,) = run(tmp_path, *fixed, *arguments)
+    assert done
+    return record
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_convolution_in_blocks_is_the_convolution(channels):
+    x = jax.random.normal(jax.random.key(0), (2, 12, 16, channels))
+    kernel = jax.random.normal(jax.random.key(1), (5, 3, channels, 4))
+    wanted = jax.random.normal(jax.random.key(2), (2, 8, 14, 4))
+    names = ("NHWC", "HWIO", "NHWC")
+
+    def value_and_pullback(conv):
+        y, pull = jax.vjp(
+            lambda x, k: conv(x, k, (1, 1), "VALID", dimension_numbers=names), x, kernel
+        )
+        return y, *pull(wanted)
+
+    ours = value_and_pullback(cpu.conv_in_blocks)
+    xlas = value_and_pullback(jax.lax.conv_general_dilated)
+    for got, expected in zip(ours, xlas, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pooling_on_cpu_is_the_pooling():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 3))
+    wanted = jax.random.normal(jax.random.key(1), (2, 3, 4, 3))
+    ours, pull = jax.vjp(lambda x: cpu.max_pool(x, (2, 2), strides=(2, 2)), x)
+    flax, flax_pull = jax.vjp(lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)), x)
+    np.testing.assert_array_equal(ours, flax)
+    np.testing.assert_array_equal(*pull(wanted), *flax_pull(wanted))
+    with pytest.raises(ValueError, match="must tile the image"):
+        cpu.max_pool(x, (4, 4), strides=(4, 4))
+
+
+def test_the_step_schedule_is_that_of_the_paper():
+    factor = EXPERIMENTS["vgg_tables"].decay_of_rate(391)  # BM 4: 300 epochs, batch 128
+    epochs = np.array([0, 59.9, 60.1, 120.1, 180.1, 240.1, 299.9])
+    factors = [float(jnp.asarray(factor(int(epoch * 391)))) for epoch in epochs]
+    np.testing.assert_allclose(
+        factors, [1, 1, 0.2, 0.04, 0.008, 0.0016, 0.0016], rtol=1e-5
+    )
+
+
+def test_the_plateau_schedule_halves_after_ten_epochs_without_progress():
+    experiment = dataclasses.replace(
+        EXPERIMENTS["vgg_plateau"], dataset="digits", model="lenet", train_images=256
+    )
+    (digits, run) = data.load("digits"), trainer.Run("sgd", 1.0, 0.0, 0)
+    split = trainer.split(digits, experiment, tuning=False)
+    program = trainer.Program(experiment, [run], split)
+    params = {"kernel": jnp.ones(())}
+    tx = program.optimizer(
+        {"learning_rate": jnp.ones(()), "weight_decay": jnp.zeros(())}
+    )
+    step = jax.jit(tx.update)
+    state, sizes = tx.init(params), []
+    for _ in range(12 * program.steps):
+        updates, state = step(params, state, params, value=jnp.float32(1))
+        sizes.append(float(abs(updates["kernel"])))
+    # By then the momentum has settled: the updates are those of a constant gradient.
+    assert sizes[-1] == pytest.approx(sizes[10 * program.steps] / 2, rel=0.2)
+
+
+def test_flips_and_rotations_move_pixels_and_keep_what_is_constant():
+    images = jax.random.uniform(jax.random.key(0), (16, 32, 32, 3))
+    turned = trainer.augment(jax.random.key(1), images)
+    assert turned.shape == images.shape
+    flipped = images[:, :, ::-1]
+    # Around the centre a rotation moves nothing: each image is itself or its mirror.
+    centre = np.s_[:, 15:17, 15:17]
+    itself, mirrored = (
+        np.abs(turned[centre] - other[centre]).max((1, 2, 3)) < 0.3
+        for other in (images, flipped)
+    )
+    assert (itself | mirrored).all() and mirrored.sum() >= 2
+    assert float(jnp.abs(turned - images).max()) > 0.3
+    same = jnp.full((2, 32, 32, 3), 0.7)
+    np.testing.assert_allclose(
+        trainer.augment(jax.random.key(2), same), same, rtol=1e-5
+    )
+
+
+def test_methods_share_initial_weights_and_batches(tmp_path):
+    losses = [
+        one_run(tmp_path / m, m, "--epochs", "1", rate="0")["loss"]
+        for m in ("sgd", "muon")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_runs_together_are_the_runs_alone(tmp_path):
+    together = ("--methods", "backmatch", "--learning-rate", "0.05", "--epochs", "2")
+    _, grouped = run(tmp_path / "a", *together, "--seeds", "0", "1", "--group", "2")
+    _, alone = run(tmp_path / "b", *together, "--seeds", "0", "1", "--group", "1")
+    assert [record["runs_at_once"] for record in grouped] == [2, 2]
+    for one, other in zip(grouped, alone, strict=True):
+        assert one["run"] == other["run"]
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-3)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    arguments = ("--methods", "backmatch", "--learning-rate", "0.05", "--seeds", "0")
+    whole = one_run(tmp_path / "whole", "backmatch", "--epochs", "40")
+    directory = tmp_path / "killed"
+    command = [
+        *(sys.executable, "-m", "examples.cifar", *SMALL, *arguments),
+        *("--epochs", "40", "--results", str(directory / "runs.jsonl")),
+        *("--checkpoints", str(directory / "checkpoints")),
+    ]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(directory.glob("checkpoints/*/[1-9]*")):  # some epochs are done
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (directory / "runs.jsonl").exists()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    (resumed,) = records.load(directory / "runs.jsonl")
+    for name in ("loss", "accuracy", "norms", "layer_scales"):
+        assert resumed[name] == whole[name]
+
+
+def test_a_run_records_its_protocol_versions_curve_and_outcome(tmp_path):
+    record = one_run(tmp_path, "backmatch", "--epochs", "2", "--dtype", "bfloat16")
+    assert record["outcome"] == "finished"
+    assert record["protocol"]["dtype"] == "bfloat16"
+    assert record["run"]["learning_rate"] == 0.05
+    assert {"jax", "flax", "optax", "backmatch-optax"} <= set(record["versions"])
+    assert len(record["loss"]) == len(record["accuracy"]) == 2
+    assert record["loss"][1] < record["loss"][0]
+    assert set(record["layer_scales"]) == {"cv1", "cv2", "fc1", "fc2", "fc3"}
+
+
+def test_what_is_in_the_results_file_is_not_run_again(tmp_path, monkeypatch):
+    first = one_run(tmp_path, "sgd", "--epochs", "1")
+    monkeypatch.setattr(cli, "train", None)  # cannot be called
+    assert one_run(tmp_path, "sgd", "--epochs", "1") == first
+
+
+def test_a_run_that_diverges_is_kept_and_never_chosen(tmp_path):
+    record = one_run(tmp_path, "sgd", "--epochs", "3", rate="1e38")
+    assert record["outcome"] == "diverged in epoch 1"
+    assert record["loss"] == [None]
+    nan = float("nan")
+    scores = {(0.1, 0.0): nan, (0.2, 0.0): 0.5, (0.1, 1.0): 0.9, (0.2, 1.0): 0.7}
+    assert cli.best(scores, each_decay=False) == [(0.1, 1.0)]
+    assert cli.best(scores, each_decay=True) == [(0.2, 0.0), (0.1, 1.0)]
+
+
+def test_out_of_time_leaves_a_table_that_the_same_command_finishes(tmp_path, capsys):
+    arguments = ("--methods", "sgd", "--learning-rate", "0.1", "--epochs", "2")
+    done, found = run(tmp_path, *arguments, "--seeds", "0", "--time-limit", "1e-9")
+    assert not done and not found
+    assert "The same command goes on" in capsys.readouterr().out
+    done, found = run(tmp_path, *arguments, "--seeds", "0")
+    assert done and len(found) == 1
+
+
+def test_a_table_tunes_on_held_out_images_then_runs_the_best(tmp_path, monkeypatch):
+    monkeypatch.setitem(LEARNING_RATES, "sgd", (0.0, 0.1))
+    arguments = ("--methods", "sgd", "--weight-decays", "0", "--epochs", "2")
+    _, found = run(tmp_path, *arguments, "--seeds", "3", "--tuning-epochs", "1")
+    tuning, final = found[:2], found[2:]
+    assert [r["run"]["tuning"] for r in found] == [True, True, False]
+    assert final[0]["run"]["learning_rate"] == 0.1
+    assert (len(tuning[0]["loss"]), len(final[0]["loss"])) == (1, 2)
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
+    record = one_run(tmp_path, "sgd", "--epochs", "9", "--patience", "2", rate="0")
+    assert record["outcome"] == "stopped early after epoch 3"
+
+
+def test_every_method_has_a_grid_of_the_same_size():
+    known = {*methods.METHODS, *methods.OTHERS, *methods.ABLATIONS}
+    assert set(LEARNING_RATES) == set(WEIGHT_DECAYS) == known
+    assert {len(rates) for rates in LEARNING_RATES.values()} == {5}
+    assert {len(decays) for decays in WEIGHT_DECAYS.values()} == {3}
+
+
+@pytest.mark.parametrize("method", [*methods.OTHERS, *methods.ABLATIONS])
+def test_every_method_moves_every_kernel_by_finite_numbers(method):
+    from examples import models
+
+    model, chain = models.MODELS["lenet"](10, (32, 32, 1))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
+    params = params["params"]
+    tx = methods.optimizer(method, 0.1, chain, weight_decay=1e-3)
+    updates, _ = tx.update(params, tx.init(params), params)
+    for update in jax.tree.leaves(updates):
+        assert np.isfinite(update).all() and float(jnp.abs(update).max()) > 0
+
+
+def test_frozen_scales_stay_those_of_the_initial_weights():
+    from examples import models
+
+    model, chain = models.MODELS["lenet"](10, (32, 32, 1))
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
+    params = params["params"]
+    tx = methods.optimizer("backmatch, frozen", 0.1, chain)
+    gradient, state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+    first, _ = tx.update(gradient, state, params)
+    grown = jax.tree.map(lambda p: 3 * p, params)
+    second, _ = tx.update(gradient, state, grown)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
+    base = {
+        "experiment": "lenet_fig2",
+        "protocol": dataclasses.asdict(EXPERIMENTS["lenet_fig2"]),
+        "versions": {"jax": "0"},
+        "device": "cpu",
+        "cores": 2,
+        "norms": {},
+        "layer_scales": {},
+        "seconds": [1.0],
+        "runs_at_once": 1,
+    }
+    lines = []
+    for seed, accuracy in enumerate((0.6, 0.7, 0.1)):
+        run_ = dataclasses.asdict(trainer.Run("sgd", 0.1, 5e-4, seed))
+        outcome = "diverged in epoch 1" if seed == 2 else "finished"
+        loss = [None] if seed == 2 else [1.0]
+        lines.append(
+            base
+            | {"run": run_, "outcome": outcome, "loss": loss, "accuracy": [accuracy]}
+        )
+    results = tmp_path / "runs.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report.main(["--results", str(results), "--output-dir", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "65.00 ± 7.07" in text and "1 of 3 diverged" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--experiment", "lenet"], "invalid choice: 'lenet'"),
+        (["--experiment", "lenet_fig2", "--epochs", "0"], "--epochs must be at least"),
+        (["--experiment", "lenet_fig2", "--methods", "adam"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_batch_larger_than_the_data_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="batch of 512 is more than the 256"):
+        one_run(tmp_path, "sgd", "--batch-size", "512")
