@@ -7,7 +7,7 @@ line to the `optax.chain` you have.
 
 from importlib.metadata import version as _version
 
-from backmatch_optax import spec
+from backmatch_optax import exact, local_hessian, spec
 from backmatch_optax._alias import backmatch_sgd
 from backmatch_optax._compare import ScaleComparison, compare_scales
 from backmatch_optax._describe import describe
@@ -38,9 +38,11 @@ __all__ = [
     "check_spec",
     "compare_scales",
     "describe",
+    "exact",
     "infer_spec",
     "keep_norms",
     "layer_scales",
+    "local_hessian",
     "measure_layer_scales",
     "scale_by_backmatch",
     "scale_by_lsalr",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import optax
+from jax.tree_util import KeyPath, keystr
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
@@ -52,7 +56,7 @@ def optimizer(
                 learning_rate,
                 weight_decay=weight_decay,
                 adam_weight_decay=weight_decay,
-                muon_weight_dimension_numbers=_matrices,
+                muon_weight_dimension_numbers=_matrices(chain),
                 consistent_rms=0.2,
             )
             return optax.with_extra_args_support(muon)
@@ -84,21 +88,20 @@ def optimizer(
     raise ValueError(f"method (={method!r}) must be one of {known}")
 
 
-def _matrices(params: optax.Params) -> optax.Params:
+def _matrices(chain: spec.LayerChain) -> Callable[[optax.Params], optax.Params]:
     """Kernels as matrices from (taps, in) to out; Adam for all else and the head.
 
-    The head is the last of the tree that is a plain matrix with the fewest columns:
     Muon's authors leave the output layer to Adam.
     """
-    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
-    classes = min(kernel.shape[-1] for kernel in kernels if kernel.ndim == 2)
+    *_, head = chain.paths
 
-    def numbers(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        if leaf.ndim < 2 or (leaf.ndim == 2 and leaf.shape[-1] == classes):
+    def numbers(path: KeyPath, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        is_head = keystr(path, simple=True, separator="/").startswith(f"{head}/")
+        if is_head or leaf.ndim < 2:
             return None
         return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), -1)
 
-    return jax.tree.map(numbers, params)
+    return lambda params: jax.tree_util.tree_map_with_path(numbers, params)
 
 
 def _at_initial(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +26,7 @@ class TrainState(train_state.TrainState):
 
 def create_states(
     model: nn.Module,
-    optimizers: dict[str, optax.GradientTransformation],
+    optimizers: Mapping[str, optax.GradientTransformation],
     dataset: Dataset,
     key: jax.Array,
 ) -> dict[str, TrainState]:

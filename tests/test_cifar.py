@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import data, methods
+from examples import data, methods, models
 from examples.cifar import __main__ as cli
 from examples.cifar import cpu, records, report, trainer
 from examples.cifar.experiments import EXPERIMENTS, LEARNING_RATES, WEIGHT_DECAYS
@@ -222,8 +222,6 @@ def test_every_method_has_a_grid_of_the_same_size():
 
 @pytest.mark.parametrize("method", [*methods.OTHERS, *methods.ABLATIONS])
 def test_every_method_moves_every_kernel_by_finite_numbers(method):
-    from examples import models
-
     model, chain = models.MODELS["lenet"](10, (32, 32, 1))
     params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
     params = params["params"]
@@ -234,8 +232,6 @@ def test_every_method_moves_every_kernel_by_finite_numbers(method):
 
 
 def test_frozen_scales_stay_those_of_the_initial_weights():
-    from examples import models
-
     model, chain = models.MODELS["lenet"](10, (32, 32, 1))
     params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
     params = params["params"]

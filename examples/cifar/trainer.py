@@ -239,7 +239,7 @@ class Program:
 
     def _count_right_one(self, variables, images, labels) -> jax.Array:
         images = self.dataset.standardise(images)
-        logits = self._model.apply(variables, images, train=False)
+        logits: Any = self._model.apply(variables, images, train=False)
         return jnp.sum(logits.argmax(-1) == labels)
 
     def _watch_one(self, state: State) -> dict[str, dict[str, jax.Array]]:
@@ -260,10 +260,10 @@ class Program:
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     """A random flip and a random rotation of each image."""
 
-    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+    def one(key: jax.Array, image: Any) -> Any:
         flip, turn = jax.random.split(key)
         image = pix.random_flip_left_right(flip, image)
-        angle = jax.random.uniform(turn, (), minval=-1, maxval=1) * _MAX_ROTATION
+        angle: Any = jax.random.uniform(turn, minval=-1, maxval=1) * _MAX_ROTATION
         return pix.rotate(image, angle)  # bilinear, the nearest pixel beyond the edge
 
     return jax.vmap(one)(jax.random.split(key, len(images)), images)
