@@ -1,20 +1,21 @@
-"""What one optimizer update costs: backmatch beside SGD and LARS, in one run.
+"""What the method costs: updates, training steps, compilation, memory, side by side.
 
     python -m examples.benchmark
+    python -m examples.benchmark --parts depth
 
-Times the jitted update alone (weight decay and Nesterov momentum included, no gradient)
-on the parameter trees of LeNet, VGG16 and a chain of 1,000 dense layers, the methods
-taking turns. Ratios are medians of the ratios within a round, so that a machine whose
-speed drifts does not favour anyone.
+Everything is a ratio to SGD in the same run, the methods taking turns; ratios are
+medians of the ratios within a round, so that a machine whose speed drifts favours
+nobody. An update includes weight decay and momentum, but no gradient.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,9 +26,11 @@ from tqdm import tqdm
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
-from examples import methods, models
+from examples import data, methods, models, training
 
-METHODS = ("sgd", "lars", "backmatch")
+METHODS = ("sgd", "backmatch", "lars", "lamb", "adamw", "muon")
+PARTS = ("updates", "steps", "depth", "inference")
+DEPTHS = (100, 300, 1000)
 
 
 def deep_chain(layers: int) -> tuple[Any, spec.LayerChain]:
@@ -51,89 +54,175 @@ def network(name: str) -> tuple[Any, spec.LayerChain]:
 TREES: dict[str, Callable[[], tuple[Any, spec.LayerChain]]] = {
     "LeNet": lambda: network("lenet"),
     "VGG16": lambda: network("vgg16"),
+    "ResNet-50": lambda: network("resnet50"),
     "1,000 dense layers": lambda: deep_chain(1000),
 }
 
 
-def compiled_update(method: str, params: Any, chain: spec.LayerChain):
-    """A compiled update, its initial state, and the seconds it took to compile."""
-    tx = methods.optimizer(method, 0.1, chain, weight_decay=5e-4)
-    opt_state = tx.init(params)
-
-    def update(gradient, opt_state, params):
-        updates, opt_state = tx.update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    start = time.perf_counter()
-    # Donated, as a training step does: no new buffers for parameters and momentum.
-    compiled = jax.jit(update, donate_argnums=(1, 2)).lower(
-        params, opt_state, params
-    ).compile()  # fmt: skip
-    return compiled, opt_state, time.perf_counter() - start
+def optimizer(method: str, chain: spec.LayerChain) -> optax.GradientTransformation:
+    """Those of the other examples, and LAMB."""
+    if method == "lamb":
+        return optax.lamb(0.1, weight_decay=5e-4)
+    return methods.optimizer(method, 0.1, chain, weight_decay=5e-4)
 
 
-def measure(params: Any, chain: spec.LayerChain, rounds: int) -> dict[str, dict]:
-    """Milliseconds of every update in turn, and seconds of compilation, by method."""
-    results, states = {}, {}
-    gradient = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
-    for method in METHODS:
-        compiled, opt_state, seconds = compiled_update(method, params, chain)
-        states[method] = (jax.tree.map(jnp.copy, params), opt_state)
-        results[method] = {"update": compiled, "compile": seconds, "ms": []}
+class Update:
+    """A compiled update and what it took to make it."""
+
+    def __init__(self, method: str, params: Any, chain: spec.LayerChain):
+        tx = optimizer(method, chain)
+        opt_state = tx.init(params)
+
+        def update(gradient, opt_state, params):
+            updates, opt_state = tx.update(gradient, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # Donated, as a training step does: no new buffers for parameters and momentum.
+        jitted = jax.jit(update, donate_argnums=(1, 2))
+        start = time.perf_counter()
+        lowered = jitted.lower(params, opt_state, params)
+        traced = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.trace_seconds = traced - start
+        self.compile_seconds = time.perf_counter() - traced
+        self.hlo_lines = str(self.compiled.as_text()).count("\n")
+        self.state = (jax.tree.map(jnp.copy, params), opt_state)
+        memory: Any = self.compiled.memory_analysis()
+        # What is neither an argument nor, donated, a result in its place.
+        self.extra_bytes = memory.temp_size_in_bytes + max(
+            memory.output_size_in_bytes - memory.alias_size_in_bytes, 0
+        )
+
+    def __call__(self, gradient: Any) -> Any:
+        """Takes a step."""
+        self.state = self.compiled(gradient, self.state[1], self.state[0])
+        return self.state
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, np.ndarray]:
+    """Milliseconds of each call, one after another; nobody is always first."""
+    names, elapsed = list(calls), {name: [] for name in calls}
     for turn in tqdm(range(rounds + 3), leave=False):
-        for place in range(len(METHODS)):
-            method = METHODS[(turn + place) % len(METHODS)]  # nobody is always first
-            result = results[method]
-            weights, opt_state = states[method]
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
             start = time.perf_counter()
-            states[method] = jax.block_until_ready(
-                result["update"](gradient, opt_state, weights)
+            jax.block_until_ready(calls[name]())
+            elapsed[name].append(1e3 * (time.perf_counter() - start))
+    # The first rounds warm up.
+    return {name: np.array(values[3:]) for name, values in elapsed.items()}
+
+
+def updates(trees: Sequence[str], rounds: int) -> Iterator[str]:
+    """One update: its time, beside what moving its bytes takes, and its memory."""
+    yield "| parameters | method | ms | over SGD | extra memory, of the parameters |"
+    yield "|---|---|---|---|---|"
+    for tree in trees:
+        params, chain = TREES[tree]()
+        gradient = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
+        made = {method: Update(method, params, chain) for method in METHODS}
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        # Read gradient, momentum and parameters, write the last two: 2.5 copies.
+        source = jnp.ones(size // 4)
+        copy = jax.jit(lambda x: x + 1).lower(source).compile()
+        calls = {
+            method: functools.partial(update, gradient)
+            for method, update in made.items()
+        }
+        took = in_turn(calls | {"copy": functools.partial(copy, source)}, rounds)
+        sgd = took["sgd"]
+        for method, update in made.items():
+            ms, ratio = np.median(took[method]), np.median(took[method] / sgd)
+            yield (
+                f"| {tree} | {method} | {ms:.3f} | {ratio:.2f} "
+                f"| {update.extra_bytes / size:.3f} |"
             )
-            result["ms"].append(1e3 * (time.perf_counter() - start))
-    for result in results.values():
-        result["ms"] = np.array(result["ms"][3:])  # the first rounds warm up
-    return results
+        floor = 2.5 * took["copy"]
+        yield (
+            f"| {tree} | moving SGD's bytes | {np.median(floor):.3f} "
+            f"| {np.median(floor / sgd):.2f} | |"
+        )
 
 
-def inference_seconds() -> float:
-    """How long `infer_spec` takes for a ResNet-18 and a batch of 256 images."""
-    model, chain = models.MODELS["resnet18"](10, (32, 32, 3))
-    images = jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.float32)
-    start = time.perf_counter()
-    inferred = bmo.infer_spec(model, images, train=True)
-    seconds = time.perf_counter() - start
-    assert inferred == chain, "the declared chain is what the model does"
-    return seconds
+def steps(rounds: int) -> Iterator[str]:
+    """A whole training step, gradient included."""
+    yield "| network | batch | method | ms | over SGD |"
+    yield "|---|---|---|---|---|"
+    dataset = data.load("digits")
+    for name, batch in (("lenet", 128), ("vgg11", 32)):
+        model, chain = models.MODELS[name](10, dataset.input_shape)
+        optimizers = {m: optimizer(m, chain) for m in ("sgd", "backmatch", "lars")}
+        states = training.create_states(model, optimizers, dataset, jax.random.key(0))
+        step = training.make_train_step(dataset)
+        images, labels = dataset.train_images[:batch], dataset.train_labels[:batch]
+
+        def train(method, states=states, step=step, images=images, labels=labels):
+            states[method], loss = step(states[method], images, labels)
+            return loss
+
+        calls = {m: lambda m=m, train=train: train(m) for m in optimizers}
+        took = in_turn(calls, rounds)
+        for method, ms in took.items():
+            ratio = np.median(ms / took["sgd"])
+            yield f"| {name} | {batch} | {method} | {np.median(ms):.2f} | {ratio:.3f} |"
+
+
+def depth(depths: Sequence[int]) -> Iterator[str]:
+    """Trace and compile time and program size against the number of layers."""
+    yield "| layers | method | trace, s | compile, s | over SGD | lines of HLO |"
+    yield "|---|---|---|---|---|---|"
+    for layers in depths:
+        params, chain = deep_chain(layers)
+        sgd = 0.0
+        for method in ("sgd", "backmatch", "lars"):
+            made = Update(method, params, chain)
+            total = made.trace_seconds + made.compile_seconds
+            sgd = sgd or total
+            yield (
+                f"| {layers} | {method} | {made.trace_seconds:.2f} "
+                f"| {made.compile_seconds:.2f} | {total / sgd:.2f} | {made.hlo_lines} |"
+            )
+
+
+def inference() -> Iterator[str]:
+    """How long `infer_spec` takes for a batch of 256 images."""
+    for name in ("resnet18", "resnet50"):
+        model, chain = models.MODELS[name](10, (32, 32, 3))
+        images = jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.float32)
+        start = time.perf_counter()
+        inferred = bmo.infer_spec(model, images, train=True)
+        seconds = time.perf_counter() - start
+        assert inferred == chain, "the declared chain is what the model does"
+        yield f"infer_spec of {name}: {seconds:.2f} s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the table as Markdown."""
+    """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.benchmark",
-        description="What one optimizer update costs.",
+        description="What the method costs beside others.",
     )
-    parser.add_argument("--rounds", type=int, default=200, help="updates timed of each")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=100, help="times each is timed")
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
+    parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS))
     options = parser.parse_args(arguments)
     print(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
         f"jax {jax.__version__}, optax {optax.__version__}, "
-        f"Python {platform.python_version()}\n\n"
-        "| parameters | method | ms / update | over SGD | compile, s | over SGD |\n"
-        "|---|---|---|---|---|---|"
+        f"Python {platform.python_version()}"
     )
-    for tree in options.trees:
-        params, chain = TREES[tree]()
-        results = measure(params, chain, options.rounds)
-        for method, result in results.items():
-            ratio = np.median(result["ms"] / results["sgd"]["ms"])
-            compile_ratio = result["compile"] / results["sgd"]["compile"]
-            print(
-                f"| {tree} | {method} | {np.median(result['ms']):.3f} | {ratio:.2f} "
-                f"| {result['compile']:.2f} | {compile_ratio:.2f} |",
-                flush=True,
-            )
-    print(f"\ninfer_spec of a ResNet-18: {inference_seconds():.2f} s")
+    tables = {
+        "updates": lambda: updates(options.trees, options.rounds),
+        "steps": lambda: steps(options.rounds),
+        "depth": lambda: depth(options.depths),
+        "inference": inference,
+    }
+    for part in options.parts:
+        print()
+        for line in tables[part]():
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
+import backmatch_optax as bmo
 from backmatch_optax import spec
 
 # Output features of each 3x3 convolution; "M" is a 2x2 max pooling (Simonyan and
@@ -170,6 +171,27 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
+class BottleneckBlock(nn.Module):
+    """A 3x3 convolution between two 1x1 ones, around a shortcut (He et al., 2015)."""
+
+    features: int
+    strides: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Shape (batch, height / strides, width / strides, 4 * features)."""
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        strides = (self.strides, self.strides)
+        y = nn.relu(norm()(nn.Conv(self.features, (1, 1), use_bias=False)(x)))
+        y = nn.Conv(self.features, (3, 3), strides, use_bias=False)(y)
+        y = nn.Conv(4 * self.features, (1, 1), use_bias=False)(nn.relu(norm()(y)))
+        y = norm(scale_init=nn.initializers.zeros)(y)
+        if x.shape != y.shape:
+            x = nn.Conv(4 * self.features, (1, 1), strides, use_bias=False)(x)
+            x = norm()(x)
+        return nn.relu(x + y)
+
+
 class ResNet(nn.Module):
     """A residual network for 32x32 images, with affine BatchNorms.
 
@@ -178,11 +200,13 @@ class ResNet(nn.Module):
         the features. (2, 2, 2, 2) with 64 features is ResNet-18.
       num_classes: the number of classes.
       features: of the first stage.
+      block: what a block is; (3, 4, 6, 3) of `BottleneckBlock` is ResNet-50.
     """
 
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     num_classes: int = 10
     features: int = 64
+    block: type[nn.Module] = BasicBlock
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -192,7 +216,7 @@ class ResNet(nn.Module):
         for stage, count in enumerate(self.blocks):
             for index in range(count):
                 strides = 2 if stage > 0 and index == 0 else 1
-                x = BasicBlock(self.features * 2**stage, strides)(x, train)
+                x = self.block(self.features * 2**stage, strides)(x, train)
         return nn.Dense(self.num_classes)(x.mean((1, 2)))
 
 
@@ -200,7 +224,7 @@ def resnet_spec(
     blocks: tuple[int, ...] = (2, 2, 2, 2),
     input_shape: tuple[int, ...] = (32, 32, 3),
 ) -> spec.LayerChain:
-    """The declared chain of `ResNet` with the same blocks, of any width."""
+    """The declared chain of `ResNet` with the same basic blocks, of any width."""
     relu = spec.Activation("relu")
     links: list[spec.Link] = [spec.Conv("Conv_0"), spec.BatchNorm("BatchNorm_0"), relu]
     number = 0
@@ -232,10 +256,19 @@ class Declared(NamedTuple):
     chain: spec.LayerChain
 
 
+def _inferred(model: nn.Module, input_shape: tuple[int, ...]) -> Declared:
+    """A network whose chain nobody wrote down."""
+    image = jax.ShapeDtypeStruct((1, *input_shape), "float32")
+    return Declared(model, bmo.infer_spec(model, image, train=True))
+
+
 MODELS: dict[str, Callable[[int, tuple[int, ...]], Declared]] = {
     "lenet": lambda classes, shape: Declared(LeNet(classes), lenet_spec(shape)),
     "resnet18": lambda classes, shape: Declared(
         ResNet(num_classes=classes), resnet_spec(input_shape=shape)
+    ),
+    "resnet50": lambda classes, shape: _inferred(
+        ResNet((3, 4, 6, 3), classes, block=BottleneckBlock), shape
     ),
     **{
         f"vgg{depth}": lambda classes, shape, depth=depth: Declared(

@@ -132,7 +132,19 @@ def test_the_transformer_learns_a_little_in_two_epochs(method):
 
 
 def test_the_benchmark_prints_a_row_for_each_method(capsys):
-    benchmark.main(["--rounds", "2", "--trees", "LeNet"])
+    parts = ("--parts", "updates", "depth", "--trees", "LeNet", "--depths", "3")
+    benchmark.main([*parts, "--rounds", "2"])
     printed = capsys.readouterr().out
     for method in benchmark.METHODS:
         assert f"| LeNet | {method} |" in printed
+    assert "| 3 | backmatch |" in printed
+
+
+def test_backmatch_takes_no_parameter_sized_memory():
+    params, chain = benchmark.TREES["LeNet"]()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    extra = {
+        method: benchmark.Update(method, params, chain).extra_bytes
+        for method in ("sgd", "backmatch")
+    }
+    assert extra["backmatch"] - extra["sgd"] < size / 100
