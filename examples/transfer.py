@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt
 
 METHODS = ("sgd", "backmatch", "backmatch, normalized")
 LEARNING_RATES = tuple(2.0**power for power in range(-13, 2))
-_BATCH = 128
+_BATCH, _TEST = 128, 5000  # images a step, and images to test with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,21 +119,24 @@ def images_for(network: Network, images: np.ndarray, dataset: data.Dataset):
     return x.mean((2, 4))
 
 
-def final_losses(
+def sensitivity(
     network: Network,
     method: str,
     dataset: data.Dataset,
     rates: Sequence[float],
     seeds: Sequence[int],
     steps: int,
-) -> np.ndarray:
-    """Mean training loss of the last tenth of the steps, shape (rates, seeds).
+) -> dict[str, np.ndarray]:
+    """How training ends at every rate: "loss" and "accuracy", shape (rates, seeds).
 
-    The rate falls linearly to zero, so that the end tells more than the noise of the
-    last steps. NaN where a run diverged.
+    The mean training loss of the last tenth of the steps, NaN where a run diverged, and
+    the share of the test images classified right. The rate falls linearly to zero, so
+    that the end tells more than the noise of the last steps.
     """
     images = images_for(network, dataset.train_images[:20_000], dataset)
     labels = dataset.train_labels[:20_000]
+    test_images = images_for(network, dataset.test_images[:_TEST], dataset)
+    test_labels = dataset.test_labels[:_TEST]
     if network.kind == "mlp":
         model: nn.Module = MLP(network.depth, network.width, dataset.num_classes)
         chain = mlp_spec(network.depth, images.shape[1:])
@@ -167,12 +170,17 @@ def final_losses(
         updates, opt_state = tx_at(rate).update(gradient, opt_state, params)
         return (optax.apply_updates(params, updates), stats, opt_state), loss
 
-    init_all = jax.jit(jax.vmap(init))
+    def share_right(state):
+        variables = {"params": state[0], "batch_stats": state[1]}
+        logits: Any = model.apply(variables, test_images, train=False)
+        return jnp.mean(logits.argmax(-1) == test_labels)
+
+    init_all, test_all = jax.jit(jax.vmap(init)), jax.jit(jax.vmap(share_right))
     step_all = jax.jit(jax.vmap(step, in_axes=(0, 0, None, None)), donate_argnums=0)
     runs = np.array([(rate, seed) for rate in rates for seed in seeds])
     # A convolution with kernels of many runs is slow on a CPU; a matrix product is not.
     at_once = len(runs) if network.kind == "mlp" else 1
-    final = []
+    final: dict[str, list[np.ndarray]] = {"loss": [], "accuracy": []}
     for first in range(0, len(runs), at_once):
         rate, seed = jnp.asarray(runs[first : first + at_once].T)
         state = init_all(rate, seed.astype(int))
@@ -181,8 +189,13 @@ def final_losses(
             chosen = rng.integers(len(images), size=_BATCH)
             state, loss = step_all(state, rate, images[chosen], labels[chosen])
             losses.append(loss)
-        final.append(np.mean(jax.device_get(losses[-max(steps // 10, 1) :]), axis=0))
-    return np.concatenate(final).reshape(len(rates), len(seeds))
+        last = jax.device_get(losses[-max(steps // 10, 1) :])
+        final["loss"].append(np.mean(last, axis=0))
+        final["accuracy"].append(np.asarray(test_all(state)))
+    return {
+        name: np.concatenate(values).reshape(len(rates), len(seeds))
+        for name, values in final.items()
+    }
 
 
 def best_rate(losses: np.ndarray, rates: Sequence[float]) -> float:
@@ -191,7 +204,10 @@ def best_rate(losses: np.ndarray, rates: Sequence[float]) -> float:
     return rates[int(np.argmin(np.where(np.isfinite(means), means, np.inf)))]
 
 
-def plot(curves: dict[str, dict[str, dict[str, np.ndarray]]], path: Path) -> None:
+Curves = dict[str, dict[str, dict[str, dict[str, np.ndarray]]]]
+
+
+def plot(curves: Curves, name: str, path: Path) -> None:
     """A row for each panel, a column for each method, a line for each network."""
     figure, axes = plt.subplots(
         len(curves),
@@ -204,27 +220,26 @@ def plot(curves: dict[str, dict[str, dict[str, np.ndarray]]], path: Path) -> Non
     )
     for row, (panel, networks) in zip(axes, curves.items(), strict=True):
         for axis, method in zip(row, METHODS, strict=True):
-            for number, (change, methods) in enumerate(networks.items()):
-                losses = methods[method]
-                line = axis.plot(
-                    LEARNING_RATES, losses.mean(1), "o-", ms=3, label=change
+            for number, (change, results) in enumerate(networks.items()):
+                values = results[method][name]
+                (line,) = axis.plot(
+                    LEARNING_RATES, values.mean(1), "o-", ms=3, label=change
                 )
-                low, high = losses.min(1), losses.max(1)
-                colour = line[0].get_color()
+                colour, spread = line.get_color(), (values.min(1), values.max(1))
                 axis.fill_between(
-                    LEARNING_RATES, low, high, color=colour, alpha=0.2, lw=0
+                    LEARNING_RATES, *spread, color=colour, alpha=0.2, lw=0
                 )
-                axis.axvline(
-                    best_rate(losses, LEARNING_RATES) * 1.06 ** (number - 1),
-                    color=colour,
-                    linestyle=":",
-                )
+                # Side by side where they fall on one rate.
+                best = best_rate(results[method]["loss"], LEARNING_RATES)
+                axis.axvline(best * 1.06 ** (number - 1), color=colour, linestyle=":")
             axis.set(xscale="log")
-        least = min(np.nanmin(m) for n in networks.values() for m in n.values())
-        row[0].set(
-            ylabel=f"{panel}\nfinal training loss", ylim=(least - 0.1, least + 1.5)
-        )
+        row[0].set(ylabel=f"{panel}\n{name}")
         row[0].legend(fontsize="small", loc="upper left")
+        if name == "loss":
+            least = min(
+                np.nanmin(m[name]) for n in networks.values() for m in n.values()
+            )
+            row[0].set(ylim=(least - 0.1, least + 1.5))
     for axis, method in zip(axes[0], METHODS, strict=True):
         axis.set_title(method)
     for axis in axes[-1]:
@@ -260,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
     datasets: dict[str, data.Dataset] = {}
-    curves: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    curves: Curves = {}
     found: dict[str, dict[str, list[float]]] = {}
     panels = {
         panel: networks
@@ -268,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
         if networks[0].kind in options.networks
     }
     header = "  ".join(f"{method:>22}" for method in METHODS)
-    tqdm.write(f"{'best learning rate':28}  {header}")
+    tqdm.write(f"{'best rate, loss, accuracy':28}  {header}")
     total = len(METHODS) * sum(map(len, panels.values()))
     with tqdm(total=total, unit="curve") as bar:
         for panel, networks in panels.items():
@@ -281,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
                 for method in METHODS:
                     # A convolution takes minutes a curve on a CPU: one seed there.
                     seeds = range(options.seeds if network.kind == "mlp" else 1)
-                    results[method] = final_losses(
+                    results[method] = sensitivity(
                         network,
                         method,
                         datasets[name],
@@ -290,15 +305,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
                         options.steps,
                     )
                     found[panel][method].append(
-                        best_rate(results[method], LEARNING_RATES)
+                        best_rate(results[method]["loss"], LEARNING_RATES)
                     )
                     bar.update()
                 curves[panel][network.change] = results
-                cells = [
-                    f"2^{np.log2(found[panel][m][-1]):<3g} "
-                    f"loss {np.nanmin(results[m].mean(1)):.3f}"
-                    for m in METHODS
-                ]
+                cells = []
+                for method, result in results.items():
+                    means = {name: values.mean(1) for name, values in result.items()}
+                    at = LEARNING_RATES.index(found[panel][method][-1])
+                    cells.append(
+                        f"2^{np.log2(LEARNING_RATES[at]):<3g} {means['loss'][at]:.3f} "
+                        f"{means['accuracy'][at]:.1%}"
+                    )
                 tqdm.write(
                     f"{panel + ', ' + network.change:28}  "
                     + "  ".join(f"{cell:>22}" for cell in cells)
@@ -313,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
             f"{method}: its best rate is {min(ratios):g} to {max(ratios):g} times SGD's"
         )
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    plot(curves, options.output_dir / "transfer.png")
+    for name in ("loss", "accuracy"):
+        plot(curves, name, options.output_dir / f"transfer_{name}.png")
     (options.output_dir / "transfer.json").write_text(
         json.dumps(
             {"options": vars(options), "rates": LEARNING_RATES, "curves": curves},
@@ -322,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
             ),
         )
     )
-    print(f"transfer.png and transfer.json are in {options.output_dir}")
+    print(f"Pictures and transfer.json are in {options.output_dir}")
     return found
 
 

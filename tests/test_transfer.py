@@ -15,7 +15,7 @@ def digits():
 
 def losses(digits, method, rates, **network):
     changed = transfer.Network("", **network)
-    return transfer.final_losses(changed, method, digits, rates, [0, 1], 60)
+    return transfer.sensitivity(changed, method, digits, rates, [0, 1], 60)["loss"]
 
 
 def test_the_normalized_scales_learn_at_the_rates_of_sgd(digits):
@@ -45,9 +45,11 @@ def test_the_program_prints_best_rates_and_saves_the_curves(
     )
     assert "times SGD's" in capsys.readouterr().out
     assert set(found["width"]) == set(transfer.METHODS)
-    assert (tmp_path / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss", "accuracy"):
+        picture = tmp_path / f"transfer_{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "transfer.json").read_text())
-    assert np.shape(saved["curves"]["width"]["width 32"]["sgd"]) == (2, 1)
+    assert np.shape(saved["curves"]["width"]["width 32"]["sgd"]["loss"]) == (2, 1)
 
 
 def test_bad_arguments_are_explained(capsys):

@@ -526,7 +526,9 @@ def _ridge(moment: jax.Array, gradient: jax.Array, damping: jax.Array) -> jax.Ar
     """`(moment + damping * mean diagonal)^-1 gradient`, by Cholesky."""
     unknowns = moment.shape[0]
     ridge = damping * jnp.trace(moment) / unknowns
-    factor = jax.scipy.linalg.cho_factor(moment + ridge * jnp.eye(unknowns))
+    factor = jax.scipy.linalg.cho_factor(
+        moment + ridge * jnp.eye(unknowns, dtype=moment.dtype)
+    )
     return jax.scipy.linalg.cho_solve(factor, gradient)
 
 
