@@ -21,6 +21,8 @@ ABLATIONS = (
     "backmatch, decay after",  # the scale does not multiply the weight decay
     "backmatch, mean field",
     "backmatch, frozen",  # the scales of the initial weights, all along
+    "backmatch, norms kept",  # of the kernels below a BatchNorm
+    "backmatch, normalized",  # for SGD's learning rate
     "own norm",  # ||W||^2_{2,mu} of the layer itself, nothing of those above
     "fan-in",  # 1 / sqrt(fan-in), as many set their initial weights
 )
@@ -64,6 +66,12 @@ def optimizer(
             return optax.chain(decay, bmo.scale_by_backmatch(chain), sgd)
         case "backmatch, decay after":
             return optax.chain(bmo.scale_by_backmatch(chain), decay, sgd)
+        case "backmatch, norms kept":
+            tx = optax.chain(decay, bmo.scale_by_backmatch(chain), sgd)
+            return bmo.keep_norms(tx, chain)
+        case "backmatch, normalized":
+            scale = bmo.scale_by_backmatch(chain, normalize=True)
+            return optax.chain(decay, scale, sgd)
         case "backmatch, mean field":
             scale = bmo.scale_by_backmatch(chain, gains="mean_field")
             return optax.chain(decay, scale, sgd)

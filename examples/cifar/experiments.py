@@ -73,6 +73,8 @@ LEARNING_RATES = {
     "backmatch, decay after": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, mean field": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, frozen": (0.005, 0.01, 0.02, 0.05, 0.1),
+    "backmatch, norms kept": (0.005, 0.01, 0.02, 0.05, 0.1),
+    "backmatch, normalized": (0.02, 0.05, 0.1, 0.2, 0.5),
     "own norm": (0.02, 0.05, 0.1, 0.2, 0.5),
     "fan-in": (0.2, 0.5, 1.0, 2.0, 5.0),
 }

@@ -47,6 +47,7 @@ PAPER: dict[tuple[str, str], dict[str, float]] = {
     }.items()
     for depth, row in zip((11, 13, 16, 19), rows, strict=True)
 }
+_LINES = {"backmatch": "-", "sgd": ":", "backmatch, norms kept": "--"}
 _COLOURS = {"sgd": "C0", "lars": "C1", "lsalr": "C2", "backmatch": "C3"}
 
 
@@ -163,8 +164,8 @@ def plot_curves(results: Results, path: Path) -> None:
 
 
 def plot_norms(results: Results, path: Path) -> bool:
-    """Kernel norms over training, SGD against backmatch; False without such runs."""
-    shown = {k: v for k, v in results.items() if k[0] in ("sgd", "backmatch")}
+    """Kernel norms over training, of the first seed; False where there is nothing."""
+    shown = {k: v for k, v in results.items() if k[0] in _LINES}
     decays = sorted({decay for _, _, decay in shown})
     layers = list(dict.fromkeys(p for runs in shown.values() for p in runs[0]["norms"]))
     if not decays or not layers:
@@ -174,6 +175,7 @@ def plot_norms(results: Results, path: Path) -> bool:
         sharey=True, squeeze=False,
     )  # fmt: skip
     for axis, decay in zip(axes[0], decays, strict=True):
+        first = next(runs for (_, _, d), runs in shown.items() if d == decay)
         for (method, _, other), runs in shown.items():
             if other != decay:
                 continue
@@ -183,12 +185,15 @@ def plot_norms(results: Results, path: Path) -> bool:
                     np.arange(1, len(norms) + 1),
                     norms,
                     color=f"C{number}",
-                    linestyle="-" if method == "backmatch" else ":",
-                    label=layer if method == "backmatch" else None,
+                    linestyle=_LINES[method],
+                    label=layer if runs is first else None,
                 )
         axis.set(xlabel="epoch", yscale="log", title=f"weight decay {decay:g}")
     axes[0, 0].set_ylabel("Frobenius norm of the kernel")
-    axes[0, 0].legend(title="backmatch; dotted: sgd", fontsize="small")
+    drawn = {method for method, *_ in shown}
+    kinds = {"-": "line", ":": "dots", "--": "dashes"}
+    listed = [f"{kinds[_LINES[method]]}: {method}" for method in sorted(drawn)]
+    axes[0, 0].legend(title="\n".join(listed), fontsize="small", title_fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
