@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoints",
         type=Path,
         default=Path("outputs/cifar"),
-        help="where checkpoints of unfinished runs go",
+        help="where checkpoints of unfinished runs go, and logs as CSV",
     )
     options = parser.parse_args(arguments)
     options.protocol = dataclasses.replace(
@@ -157,6 +157,9 @@ class Runner:
             directory,
             patience=self._options.patience,
             deadline=self._deadline,
+            on_epoch=lambda epochs, history: records.write_log(
+                directory.with_suffix(".csv"), runs, history, epochs
+            ),
         )
         new = records.of_group(self._options.experiment, experiment, runs, history)
         records.append(new, self._options.results)

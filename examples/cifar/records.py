@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,25 @@ def append(records: Iterable[dict[str, Any]], path: Path) -> None:
     text = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("a") as file:
         file.write(text)
+
+
+def write_log(path: Path, runs: Sequence[Run], history: History, epochs: int) -> None:
+    """A group's epochs so far as CSV, a line for each run and epoch, to be watched."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        fields = [field.name for field in dataclasses.fields(Run)]
+        writer.writerow([*fields, "epoch", "loss", "accuracy", "seconds"])
+        for epoch in range(epochs):
+            for index, run in enumerate(runs):
+                writer.writerow(
+                    [
+                        *dataclasses.astuple(run),
+                        epoch + 1,
+                        history.loss[epoch, index],
+                        history.accuracy[epoch, index],
+                        history.seconds[epoch],
+                    ]
+                )
 
 
 def load(path: Path) -> list[dict[str, Any]]:

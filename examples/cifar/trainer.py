@@ -124,6 +124,10 @@ class Program:
         """The state before training, with a leading axis over the runs."""
         return self._init(self._numbers, self._seeds)
 
+    def order(self, epoch: int) -> jax.Array:
+        """The images of each batch of an epoch, shape (runs, steps, batch)."""
+        return self._order(self._seeds, epoch)
+
     def epoch(
         self, state: State, epoch: int, on_step: Callable[[int], Any]
     ) -> tuple[State, np.ndarray]:
@@ -132,7 +136,7 @@ class Program:
         `on_step` is called with the number of steps done since the last call. The host
         waits for the device once, at the end.
         """
-        order = self._order(self._seeds, epoch)
+        order = self.order(epoch)
         rest = (self._numbers, self._seeds, order)
         if self._epoch is not None:
             state, losses = self._epoch(state, *rest, epoch, *self._train)
