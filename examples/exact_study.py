@@ -236,7 +236,7 @@ class KfacMethod:
     """kfac-jax's optimizer with its own defaults but for the rate and the damping."""
 
     def __init__(self, problem: Problem):
-        import kfac_jax
+        import kfac_jax  # pyright: ignore[reportMissingImports]
 
         _let_kfac_jax_evaluate()
         # Its tracer knows no call within a call, such as nn.relu is.
@@ -280,7 +280,7 @@ class KfacMethod:
 
 def _let_kfac_jax_evaluate() -> None:
     """kfac-jax 0.0.8 expects of jax what it returned before 0.10."""
-    import kfac_jax._src.tag_graph_matcher as matcher
+    import kfac_jax._src.tag_graph_matcher as matcher  # pyright: ignore[reportMissingImports]
 
     def eval_jaxpr_eqn(eqn: Any, in_values: list[Any]) -> list[Any]:
         primitive = eqn.primitive
