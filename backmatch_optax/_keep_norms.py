@@ -12,7 +12,7 @@ import optax
 
 from backmatch_optax import spec as _spec
 from backmatch_optax._locate import locate
-from backmatch_optax._param_paths import is_masked, join, text
+from backmatch_optax._param_paths import is_leafless, join, text
 from backmatch_optax._positive import wide
 from backmatch_optax._site import Site
 from backmatch_optax._transform import scaled
@@ -82,8 +82,7 @@ def keep_norms(
 
     def init_fn(params: optax.Params) -> optax.OptState:
         state = inner.init(params)
-        # optax.tree.map_params passes a tree without leaves.
-        if jax.tree.leaves(params, is_leaf=is_masked):
+        if not is_leafless(params):
             _kernels(spec, params)
             for moments in ("nu", "sum_of_squares"):
                 if optax.tree.get_all_with_path(state, moments):

@@ -16,7 +16,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax._locate import Unlisted, locate
 from backmatch_optax._moments import Gains, Moments
 from backmatch_optax._param_paths import join, listed, text
-from backmatch_optax._positive import Positive, evaluate, number, wide
+from backmatch_optax._positive import Positive, evaluate, number, stacked, wide
 from backmatch_optax._site import Site
 
 # It matters where training starts from zeros, a zero-initialised head or last BatchNorm
@@ -139,9 +139,11 @@ def _refuse_parts(params: optax.Params, declared: Sequence[str]) -> None:
         if not isinstance(leaf, jax.Array):
             continue
         axes = jax.typeof(leaf).manual_axis_type.varying
+        if not axes:
+            continue
         path = text(key_path)
         modules = itertools.accumulate(path.split("/"), join, initial="")
-        if axes and any(module in declared for module in modules):
+        if any(module in declared for module in modules):
             raise ValueError(
                 f"{path!r} differs between devices along {listed(sorted(axes))} inside "
                 "jax.shard_map, but a scale needs whole kernels, not one device's part "
@@ -206,16 +208,14 @@ def _over_their_mean(
     """Scales divided by their harmonic mean over all entries of all parameters."""
     if not scales:
         return []
-    # The barriers keep XLA from computing the mean anew for every scale, which makes
-    # compilation quadratic in depth.
-    barrier = jax.lax.optimization_barrier
-    stacked = barrier(jnp.stack([barrier(scale) for scale in scales]))
+    vector = stacked(scales)
     weights = np.asarray(sizes) / max(sum(sizes), 1)
     # In units of the least, so that no reciprocal overflows.
-    least = stacked.min()
-    mean = jnp.sum(weights.astype(stacked.dtype) * (least / stacked))
-    least, mean = barrier((least, mean))
-    largest = jnp.finfo(stacked.dtype).max
+    least = vector.min()
+    mean = jnp.sum(weights.astype(vector.dtype) * (least / vector))
+    # As in `stacked`: else XLA computes the mean anew for every scale.
+    least, mean = jax.lax.optimization_barrier((least, mean))
+    largest = jnp.finfo(vector.dtype).max
     # Each scale by itself: XLA compiles slices of a vector one by one.
     return [jnp.minimum(scale / least * mean, largest) for scale in scales]
 

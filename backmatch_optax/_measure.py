@@ -92,12 +92,7 @@ def measure_layer_scales(
       >>> {path: float(scale) for path, scale in measured.layer_scales.items()}
       {'fc1': 0.25, 'fc2': 1.0}
     """
-    try:
-        probes = operator.index(num_probes)
-    except TypeError:
-        probes = 0
-    if probes < 1:
-        raise ValueError(f"num_probes (={num_probes!r}) must be an int of at least 1")
+    probes = checked_count("num_probes", num_probes)
     sizes = layer_sizes(params, layer_of)
     samples = jnp.stack(
         [
@@ -113,6 +108,17 @@ def measure_layer_scales(
     return MeasuredLayerScales(
         dict(zip(sizes, scales, strict=True)), dict(zip(sizes, errors, strict=True))
     )
+
+
+def checked_count(name: str, count: Any) -> int:
+    """An int of at least 1, or `ValueError`."""
+    try:
+        number = operator.index(count)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} (={count!r}) must be an int of at least 1")
+    return number
 
 
 def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:

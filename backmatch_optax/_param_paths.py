@@ -44,6 +44,14 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def is_leafless(tree: Any) -> bool:
+    """Whether a tree holds nothing, as the one that `optax.tree.map_params` passes.
+
+    A masked layer is no leaf either, but has to be refused, so it counts.
+    """
+    return not jax.tree.leaves(tree, is_leaf=is_masked)
+
+
 def masked_text(path: str) -> str:
     """What to do about a masked parameter."""
     return (

@@ -167,6 +167,16 @@ def evaluate(
     ]
 
 
+def stacked(scalars: Sequence[jax.Array]) -> jax.Array:
+    """Scalars as a vector, of which every entry is computed once.
+
+    The barriers keep XLA from fusing each scalar into every consumer of the vector,
+    which makes compilation quadratic in depth.
+    """
+    barrier = jax.lax.optimization_barrier
+    return barrier(jnp.stack([barrier(scalar) for scalar in scalars]))
+
+
 def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
     """The numbers as scalars of `dtype`, where an infinitesimal is zero."""
     coefficients = evaluate(values, dtype)
@@ -211,14 +221,11 @@ def _logs_as_matrix_product(
         for atom, power in value.powers.items():
             powers[row, column[atom, power > 0]] = power
     constants = np.asarray([value.log_constant for value in values], dtype)
-    # The barriers keep XLA from fusing each norm into every consumer of the vector,
-    # which makes compilation quadratic in depth.
-    atoms = [
-        atom.log if positive else _raised(atom, floor) for atom, positive in column
-    ]
-    atoms = jnp.stack(
-        [jax.lax.optimization_barrier(atom).astype(dtype) for atom in atoms]
+    atoms = stacked(
+        [
+            (atom.log if positive else _raised(atom, floor)).astype(dtype)
+            for atom, positive in column
+        ]
     )
-    atoms = jax.lax.optimization_barrier(atoms)
     logs = jnp.dot(powers, atoms, precision=jax.lax.Precision.HIGHEST) + constants
     return [jnp.squeeze(log, 0) for log in jnp.split(logs, len(values))]

@@ -18,7 +18,7 @@ from backmatch_optax._layer_scales import (
 )
 from backmatch_optax._locate import Unlisted, check_spec
 from backmatch_optax._moments import Gains
-from backmatch_optax._param_paths import is_masked, text
+from backmatch_optax._param_paths import is_leafless, text
 from backmatch_optax._positive import wide
 
 
@@ -133,7 +133,7 @@ def scale_by_backmatch(
     def init_fn(params: optax.Params) -> ScaleByBackmatchState:
         # A tree without leaves has nothing to check: optax.tree.map_params passes one.
         check_gains(gains)
-        if not _is_leafless(params):
+        if not is_leafless(params):
             check_spec(spec, params, unlisted=unlisted)
         return ScaleByBackmatchState(
             {path: jnp.ones((), jnp.float32) for path in spec.paths}
@@ -151,7 +151,7 @@ def scale_by_backmatch(
                 "scale_by_backmatch computes its scales from the parameters: call "
                 "update(updates, state, params), but params is None"
             )
-        if _is_leafless(params) and _is_leafless(updates):
+        if is_leafless(params) and is_leafless(updates):
             return updates, state
         sites = walk(params, spec, gains=gains, unlisted=unlisted)
         scales = scale_of_params(sites, norm_floor, normalize)
@@ -166,11 +166,6 @@ def scale_by_backmatch(
         return scaled_updates, ScaleByBackmatchState(latest)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_leafless(tree: Any) -> bool:
-    # A masked layer is no leaf either, but has to be refused.
-    return not jax.tree.leaves(tree, is_leaf=is_masked)
 
 
 def _find(scales: dict[str, jax.Array], path: str) -> jax.Array | None:

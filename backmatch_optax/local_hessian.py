@@ -40,7 +40,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -49,6 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from backmatch_optax._measure import checked_count
 from backmatch_optax._param_paths import text
 
 __all__ = [
@@ -276,12 +276,7 @@ def _check_batched(array: Any, name: str) -> None:
 
 
 def _check_count(name: str, count: Any, most: int | None = None) -> int:
-    try:
-        number = operator.index(count)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} (={count!r}) must be an int of at least 1")
+    number = checked_count(name, count)
     if most is not None and number > most:
         raise ValueError(f"{name} (={count!r}) must be at most the dimension, {most}")
     return number

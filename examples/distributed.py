@@ -36,7 +36,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples import data, methods, models
-from examples.training import TrainState
+from examples.training import TrainState, loss_and_gradient
 
 MODES = ("pmap", "data", "fsdp", "tensor")
 
@@ -66,19 +66,12 @@ class Task:
         self, state: TrainState, images: jax.Array, labels: jax.Array
     ) -> tuple[TrainState, jax.Array]:
         """One step of training, and its loss."""
-
-        def loss_fn(params):
-            logits, mutated = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                self.dataset.standardise(images),
-                train=True,
-                mutable=["batch_stats"],
+        images = self.dataset.standardise(images)
+        (loss, batch_stats), gradient = self.average(
+            loss_and_gradient(
+                state.apply_fn, state.params, state.batch_stats, images, labels
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), mutated["batch_stats"]
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), gradient = self.average(grad_fn(state.params))
+        )
         return state.apply_gradients(grads=gradient, batch_stats=batch_stats), loss
 
     def share_right(

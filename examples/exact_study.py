@@ -36,7 +36,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from backmatch_optax.exact import linen as exact_linen
-from examples import data, models
+from examples import data, methods, models
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -190,32 +190,11 @@ class OptaxMethod:
     """A training step in which rate and damping are numbers, compiled once."""
 
     def __init__(self, problem: Problem, method: str):
-        shapes = jax.eval_shape(lambda: problem.variables(0))["params"]
-        head = problem.chain.paths[-1]
-
-        def matrix(
-            key_path: Any, leaf: Any
-        ) -> optax.contrib.MuonDimensionNumbers | None:
-            if leaf.ndim < 2 or key_path[0].key == head:
-                return None  # to Adam, as Muon's authors leave the output layer
-            return optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), -1)
-
-        matrices = jax.tree_util.tree_map_with_path(matrix, shapes)
-
         def tx(rate: Any) -> optax.GradientTransformation:
-            sgd = optax.sgd(rate, momentum=0.9, nesterov=True)
-            match method:
-                case "adam":
-                    return optax.adam(rate)
-                case "muon":
-                    return optax.contrib.muon(
-                        rate,
-                        muon_weight_dimension_numbers=matrices,
-                        consistent_rms=0.2,
-                    )
-                case "scalar":
-                    return optax.chain(bmo.scale_by_backmatch(problem.chain), sgd)
-            return sgd
+            if method == "adam":
+                return optax.adam(rate)
+            known = {"scalar": "backmatch", "exact": "sgd"}.get(method, method)
+            return methods.optimizer(known, rate, problem.chain)
 
         def step(variables, opt_state, images, labels, rate, damping):
             params = variables["params"]

@@ -150,6 +150,16 @@ def vgg_spec(depth: int, input_shape: tuple[int, ...] = (32, 32, 3)) -> spec.Lay
     return spec.LayerChain(links, input_shape=input_shape)
 
 
+def _joined(
+    x: jax.Array, y: jax.Array, strides: tuple[int, int], norm: Callable[[], nn.Module]
+) -> jax.Array:
+    """A block's branch added to its shortcut, a projection where shapes differ."""
+    if x.shape != y.shape:
+        x = nn.Conv(y.shape[-1], (1, 1), strides, use_bias=False)(x)
+        x = norm()(x)  # pyright: ignore[reportCallIssue]
+    return nn.relu(x + y)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al., 2015)."""
 
@@ -164,11 +174,7 @@ class BasicBlock(nn.Module):
         y = nn.Conv(self.features, (3, 3), strides, use_bias=False)(x)
         y = nn.relu(norm()(y))
         y = nn.Conv(self.features, (3, 3), use_bias=False)(y)
-        y = norm(scale_init=nn.initializers.zeros)(y)
-        if x.shape != y.shape:
-            x = nn.Conv(self.features, (1, 1), strides, use_bias=False)(x)
-            x = norm()(x)
-        return nn.relu(x + y)
+        return _joined(x, norm(scale_init=nn.initializers.zeros)(y), strides, norm)
 
 
 class BottleneckBlock(nn.Module):
@@ -185,11 +191,7 @@ class BottleneckBlock(nn.Module):
         y = nn.relu(norm()(nn.Conv(self.features, (1, 1), use_bias=False)(x)))
         y = nn.Conv(self.features, (3, 3), strides, use_bias=False)(y)
         y = nn.Conv(4 * self.features, (1, 1), use_bias=False)(nn.relu(norm()(y)))
-        y = norm(scale_init=nn.initializers.zeros)(y)
-        if x.shape != y.shape:
-            x = nn.Conv(4 * self.features, (1, 1), strides, use_bias=False)(x)
-            x = norm()(x)
-        return nn.relu(x + y)
+        return _joined(x, norm(scale_init=nn.initializers.zeros)(y), strides, norm)
 
 
 class ResNet(nn.Module):

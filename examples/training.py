@@ -45,24 +45,44 @@ def create_states(
     }
 
 
+def loss_and_gradient(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[tuple[jax.Array, Any], Any]:
+    """`(loss, new batch_stats), gradient` of the mean cross-entropy of a batch.
+
+    Args:
+      apply_fn: of a Flax model that takes `train`.
+      params: what the gradient is with respect to.
+      batch_stats: BatchNorm's running statistics, {} for a model without.
+      images: standardised, the batch first.
+      labels: integers, shape=(batch,).
+    """
+
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, mutated = apply_fn(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), mutated.get("batch_stats", {})
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+
 def make_train_step(
     dataset: Dataset,
 ) -> Callable[[TrainState, ArrayLike, ArrayLike], tuple[TrainState, jax.Array]]:
     """`step(state, images, labels) -> (state, loss)`, jitted, the state donated."""
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array):
-        def loss_fn(params):
-            logits, mutated = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                dataset.standardise(images),
-                train=True,
-                mutable=["batch_stats"],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), mutated["batch_stats"]
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), gradient = grad_fn(state.params)
+        images = dataset.standardise(images)
+        (loss, batch_stats), gradient = loss_and_gradient(
+            state.apply_fn, state.params, state.batch_stats, images, labels
+        )
         state = state.apply_gradients(grads=gradient, batch_stats=batch_stats)
         return state, loss
 

@@ -30,6 +30,7 @@ import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data, models
 from examples.cifar import cpu
+from examples.training import loss_and_gradient
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
@@ -69,6 +70,11 @@ PANELS: dict[str, tuple[Network, ...]] = {
         Network("100 classes", kind="lenet", dataset="cifar100"),
     ),
 }
+
+
+def shape_of(network: Network) -> Network:
+    """A network by what it is, whatever it is compared with."""
+    return dataclasses.replace(network, change="")
 
 
 class MLP(nn.Module):
@@ -157,16 +163,7 @@ def sensitivity(
 
     def step(state, rate, x, y):
         params, stats, opt_state = state
-
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": stats}
-            logits, mutated = model.apply(
-                variables, x, train=True, mutable=["batch_stats"]
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            return losses.mean(), mutated.get("batch_stats", {})
-
-        (loss, stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        (loss, stats), gradient = loss_and_gradient(model.apply, params, stats, x, y)
         updates, opt_state = tx_at(rate).update(gradient, opt_state, params)
         return (optax.apply_updates(params, updates), stats, opt_state), loss
 
@@ -284,7 +281,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
     }
     header = "  ".join(f"{method:>22}" for method in METHODS)
     tqdm.write(f"{'best rate, loss, accuracy':28}  {header}")
-    total = len(METHODS) * sum(map(len, panels.values()))
+    # The same network stands in several panels, but is trained once.
+    trained: dict[Network, dict[str, dict[str, np.ndarray]]] = {}
+    shapes = {shape_of(network) for panel in panels.values() for network in panel}
+    total = len(METHODS) * len(shapes)
     with tqdm(total=total, unit="curve") as bar:
         for panel, networks in panels.items():
             curves[panel], found[panel] = {}, {method: [] for method in METHODS}
@@ -292,27 +292,27 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
                 name = network.dataset or options.dataset
                 if name not in datasets:
                     datasets[name] = data.load(name, options.data_dir)
-                results = {}
+                results = trained.setdefault(shape_of(network), {})
+                # A convolution takes minutes a curve on a CPU: one seed there.
+                seeds = range(options.seeds if network.kind == "mlp" else 1)
                 for method in METHODS:
-                    # A convolution takes minutes a curve on a CPU: one seed there.
-                    seeds = range(options.seeds if network.kind == "mlp" else 1)
-                    results[method] = sensitivity(
-                        network,
-                        method,
-                        datasets[name],
-                        LEARNING_RATES,
-                        seeds,
-                        options.steps,
-                    )
-                    found[panel][method].append(
-                        best_rate(results[method]["loss"], LEARNING_RATES)
-                    )
-                    bar.update()
+                    if method not in results:
+                        results[method] = sensitivity(
+                            network,
+                            method,
+                            datasets[name],
+                            LEARNING_RATES,
+                            seeds,
+                            options.steps,
+                        )
+                        bar.update()
                 curves[panel][network.change] = results
                 cells = []
                 for method, result in results.items():
+                    best = best_rate(result["loss"], LEARNING_RATES)
+                    found[panel][method].append(best)
+                    at = LEARNING_RATES.index(best)
                     means = {name: values.mean(1) for name, values in result.items()}
-                    at = LEARNING_RATES.index(found[panel][method][-1])
                     cells.append(
                         f"2^{np.log2(LEARNING_RATES[at]):<3g} {means['loss'][at]:.3f} "
                         f"{means['accuracy'][at]:.1%}"

@@ -118,15 +118,13 @@ class Runner:
         self._deadline = time.monotonic() + (options.time_limit or float("inf"))
 
     def accuracies(self, experiment: Experiment, runs: Sequence[Run]) -> list[float]:
-        """The final accuracy of every run; NaN where it diverged."""
+        """The final accuracy of every run of a method; NaN where it diverged."""
         done = self._done(experiment, runs)
         missing = [run for run in runs if run not in done]
         size = self._options.group or (1 if jax.default_backend() == "cpu" else None)
-        by_method = lambda run: (run.method, run.tuning)  # noqa: E731
-        for _, group in itertools.groupby(missing, by_method):
-            queue = list(group)
-            for start in range(0, len(queue), size or len(queue)):
-                self._train(experiment, queue[start : start + (size or len(queue))])
+        size = size or max(len(missing), 1)
+        for start in range(0, len(missing), size):
+            self._train(experiment, missing[start : start + size])
         done = self._done(experiment, runs)
         return [done[run] for run in runs]
 

@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.tree_util import keystr
 from tqdm import tqdm
 
 from examples import data, methods, models
 from examples.cifar import cpu
 from examples.cifar.experiments import Experiment
+from examples.training import loss_and_gradient
 
 State = dict[str, Any]
 _EVAL_BATCH = 1000
@@ -211,19 +213,9 @@ class Program:
         if self.experiment.augment:
             key = jax.random.fold_in(jax.random.key(seed), epoch)
             x = augment(jax.random.fold_in(key, step), x)
-
-        def loss_fn(params):
-            logits, mutated = self._model.apply(
-                {"params": params, "batch_stats": state["batch_stats"]},
-                x,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-            return losses.mean(), mutated["batch_stats"]
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), gradient = grad_fn(state["params"])
+        (loss, batch_stats), gradient = loss_and_gradient(
+            self._model.apply, state["params"], state["batch_stats"], x, y
+        )
         updates, opt_state = self.optimizer(numbers).update(
             gradient, state["opt_state"], state["params"], value=loss
         )
@@ -253,7 +245,7 @@ class Program:
                 state["opt_state"], "layer_scales", default={}
             ),
             "norms": {
-                "/".join(str(key.key) for key in path[:-1]): jnp.linalg.norm(
+                keystr(path[:-1], simple=True, separator="/"): jnp.linalg.norm(
                     kernel.ravel()
                 )
                 for path, kernel in kernels
@@ -281,7 +273,6 @@ def train(
     *,
     patience: int | None = None,
     deadline: float = float("inf"),
-    progress: bool = True,
     on_epoch: Callable[[int, History], Any] = lambda epoch, history: None,
 ) -> History:
     """Trains a group of runs, from its latest checkpoint if there is one.
@@ -294,7 +285,6 @@ def train(
       patience: stop early once the best accuracy of every run is this many epochs old;
         None to train to the end.
       deadline: of `time.monotonic()`, checked after every epoch.
-      progress: whether to show a bar.
       on_epoch: called with the number of epochs done and the history.
 
     Returns:
@@ -336,7 +326,6 @@ def train(
             total=total,
             initial=done * program.steps,
             unit="step",
-            disable=not progress,
             desc=runs[0].method,
         ) as bar:
             for epoch in range(done, experiment.epochs):
