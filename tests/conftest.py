@@ -2,6 +2,7 @@
 
 import hypothesis
 import jax
+import pytest
 
 # Tests of sharding need several devices; all others run on the first of them.
 jax.config.update("jax_platforms", "cpu")
@@ -16,3 +17,20 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps what takes long to compile, since many tests compile the same network.
+
+    Programs that tests start find it too, through the environment.
+    """
+    assert config.cache is not None
+    directory = str(config.cache.mkdir("jax"))
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    for name, value in (
+        ("jax_compilation_cache_dir", directory),
+        ("jax_persistent_cache_min_compile_time_secs", 0.3),
+    ):
+        jax.config.update(name, value)
+        patch.setenv(name.upper(), str(value))
