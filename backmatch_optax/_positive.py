@@ -129,11 +129,17 @@ def measured(value: jax.Array) -> Positive:
     Zero counts as an infinitesimal whose coefficient is one; what has overflowed counts
     as the largest finite number; NaN stays NaN, and a negative number becomes one.
     """
+    return Positive(0.0, {Atom(*_log_and_order(value)): 1})
+
+
+# Called for every layer, so compiled: its operations are traced once, not each time.
+@jax.jit
+def _log_and_order(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     limits = jnp.finfo(value.dtype)
     # Subnormals too: XLA may flush them to zero in `log`.
     is_zero = jnp.abs(value) < limits.tiny
     finite = jnp.minimum(jnp.where(is_zero, 1, value), limits.max)
-    return Positive(0.0, {Atom(jnp.log(finite), is_zero.astype(value.dtype)): 1})
+    return jnp.log(finite), is_zero.astype(value.dtype)
 
 
 def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:
@@ -158,13 +164,15 @@ def evaluate(
         logs = [_floored_log(value, dtype, raised) for value in values]
     else:
         logs = _logs_as_matrix_product(values, dtype, floor)
-    limits = jnp.finfo(dtype)
+    return [_finite_exp(jnp.asarray(log, dtype)) for log in logs]
+
+
+@jax.jit  # as above
+def _finite_exp(log: jax.Array) -> jax.Array:
+    limits = jnp.finfo(log.dtype)
     lowest, highest = math.log(limits.tiny), math.log(limits.max)
     # Half a unit inside, so that rounding in `exp` cannot leave the range.
-    return [
-        jnp.exp(jnp.clip(jnp.asarray(log, dtype), lowest + 0.5, highest - 0.5))
-        for log in logs
-    ]
+    return jnp.exp(jnp.clip(log, lowest + 0.5, highest - 0.5))
 
 
 def stacked(scalars: Sequence[jax.Array]) -> jax.Array:

@@ -87,6 +87,7 @@ class Site:
         return self._row_norms[role]
 
 
+@jax.jit  # traced once for every shape, not for every layer
 def _mean_over_last(leaf: jax.Array) -> jax.Array:
     # At least float32: squares overflow float16 from 256 on. One plain reduction over
     # all axes: a reshape would gather, or refuse, a sharded kernel.
