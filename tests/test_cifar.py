@@ -228,6 +228,9 @@ def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
     trained = len(record["accuracy"])
     assert trained == int(np.argmax(record["accuracy"])) + 3 < 40
     assert record["outcome"] == f"stopped early after epoch {trained}"
+    # It does not count as done where the same run is to be trained to the end.
+    assert record["protocol"]["patience"] == 2
+    assert EXPERIMENTS["lenet_fig2"].patience == 0
 
 
 def test_every_method_has_a_grid_of_the_same_size():

@@ -83,7 +83,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 choices=known,
                 help="instead of the experiment's",
             )
-    add("--patience", type=int, help="stop after so many epochs without a new best")
     add("--group", type=int, help="runs in one program; default: 1 on CPU, all on GPU")
     add("--time-limit", type=float, help="seconds after which to stop, resumable")
     add("--data-dir", help="of tensorflow-datasets; default: TFDS_DATA_DIR or its own")
@@ -153,7 +152,6 @@ class Runner:
             runs,
             self._dataset,
             directory,
-            patience=self._options.patience,
             deadline=self._deadline,
             on_epoch=lambda epochs, history: records.write_log(
                 directory.with_suffix(".csv"), runs, history, epochs

@@ -26,6 +26,8 @@ class Experiment:
       momentum: of every method but AdamW and Muon, Nesterov's.
       dtype: what the network computes in; parameters are float32.
       train_images: the first so many only; 0 for all.
+      patience: stop once the best accuracy of every run is so many epochs old; 0 to
+        train to the end.
     """
 
     dataset: str
@@ -37,6 +39,7 @@ class Experiment:
     momentum: float = 0.9
     dtype: str = "float32"
     train_images: int = 0
+    patience: int = 0
 
     def decay_of_rate(self, steps_per_epoch: int) -> optax.Schedule:
         """What the learning rate is multiplied by at a step."""

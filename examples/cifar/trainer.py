@@ -271,7 +271,6 @@ def train(
     dataset: data.Dataset,
     directory: Path,
     *,
-    patience: int | None = None,
     deadline: float = float("inf"),
     on_epoch: Callable[[int, History], Any] = lambda epoch, history: None,
 ) -> History:
@@ -282,8 +281,6 @@ def train(
       runs: of one method and one value of `tuning`.
       dataset: the whole data set, as `examples.data.load` gives it.
       directory: an absolute path, for this group's checkpoints.
-      patience: stop early once the best accuracy of every run is this many epochs old;
-        None to train to the end.
       deadline: of `time.monotonic()`, checked after every epoch.
       on_epoch: called with the number of epochs done and the history.
 
@@ -329,7 +326,7 @@ def train(
             desc=runs[0].method,
         ) as bar:
             for epoch in range(done, experiment.epochs):
-                if _finished(history, epoch, patience):
+                if _finished(history, epoch, experiment.patience):
                     break
                 if time.monotonic() > deadline:
                     raise OutOfTime
@@ -355,13 +352,13 @@ def train(
     return history
 
 
-def _finished(history: History, epochs: int, patience: int | None) -> bool:
+def _finished(history: History, epochs: int, patience: int) -> bool:
     """Whether every run has diverged or stopped to improve."""
     if not epochs:
         return False
     diverged = ~np.isfinite(history.loss[:epochs]).all(0)
     stale = np.zeros_like(diverged)
-    if patience is not None:
+    if patience:
         best = history.accuracy[:epochs].argmax(0)
         stale = epochs - 1 - best >= patience
     return bool((diverged | stale).all())
