@@ -1,9 +1,10 @@
 """Does SGD's learning rate carry over? Loss against learning rate, network by network.
 
-Networks differ in width, depth, the size of their initial weights, their kind and the
-number of classes. Each is trained for a few hundred steps at every learning rate of a
-grid by SGD, by backmatch with the papers' scales, and by backmatch with
-`normalize=True`, which divides the scales by their mean so that SGD's rate is theirs.
+Networks differ in width, depth, the size of their initial weights, how these are spread
+over the layers, their kind and the number of classes. Each is trained for a few hundred
+steps at every learning rate of a grid by SGD, by backmatch with the papers' scales, and
+by backmatch with `normalize=True`, which divides the scales by their mean so that SGD's
+rate is theirs.
 
     python -m examples.transfer
     python -m examples.transfer --dataset cifar10 --networks mlp lenet
@@ -50,6 +51,8 @@ class Network:
       depth: the number of dense layers of an MLP.
       width: the features of an MLP's hidden layers.
       init: what the initial weights are multiplied by.
+      imbalance: what those of every other layer are multiplied by and those between
+        divided by, which leaves the function of an even number of ReLU layers as it is.
       dataset: instead of the one that was asked for.
     """
 
@@ -58,6 +61,7 @@ class Network:
     depth: int = 4
     width: int = 128
     init: float = 1.0
+    imbalance: float = 1.0
     dataset: str | None = None
 
 
@@ -65,6 +69,9 @@ PANELS: dict[str, tuple[Network, ...]] = {
     "width": tuple(Network(f"width {w}", width=w) for w in (32, 128, 512)),
     "depth": tuple(Network(f"depth {d}", depth=d) for d in (2, 4, 8)),
     "initial weights": tuple(Network(f"times {s:g}", init=s) for s in (0.5, 1, 2)),
+    "layers out of balance": tuple(
+        Network(f"times and over {s}", imbalance=s) for s in (1, 2, 4)
+    ),
     "LeNet, classes": (
         Network("10 classes", kind="lenet", dataset="cifar10"),
         Network("100 classes", kind="lenet", dataset="cifar100"),
@@ -158,7 +165,11 @@ def sensitivity(
 
     def init(rate: jax.Array, seed: jax.Array) -> tuple[Any, Any, Any]:
         variables: Any = model.init(jax.random.key(seed), images[:2], train=False)
-        params = jax.tree.map(lambda p: network.init * p, variables["params"])
+        kernels, tree = jax.tree.flatten(variables["params"])
+        params = tree.unflatten(
+            kernel * network.init * network.imbalance ** (-1) ** layer
+            for layer, kernel in enumerate(kernels)
+        )
         return params, variables.get("batch_stats", {}), tx_at(rate).init(params)
 
     def step(state, rate, x, y):

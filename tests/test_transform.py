@@ -46,6 +46,61 @@ def test_update_is_gradient_times_scale():
     assert_trees_all_close(updates, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("gains", ["paper", "mean_field"])
+def test_layers_out_of_balance_train_as_those_in_balance(gains):
+    # A ReLU network is the same function when one layer is multiplied by what another
+    # is divided by. Its gradients are not, and SGD goes another way; with the scales
+    # every layer moves in proportion to its size.
+    net = spec.LayerChain(
+        [
+            spec.Dense("fc1"),
+            spec.Activation("relu"),
+            spec.Dense("fc2"),
+            spec.Activation("relu"),
+            spec.Dense("fc3"),
+        ],
+        input_shape=(4,),
+    )
+    x, y = jax.random.normal(jax.random.key(0), (2, 32, 4))
+    shapes = {
+        name: {"kernel": jnp.zeros((4, 4)), "bias": jnp.zeros(4)}
+        for name in ("fc1", "fc2", "fc3")
+    }
+    params = models.random_like(shapes)
+    # A bias is multiplied by what its layer and all below it are.
+    factors = {"fc1": (8.0, 8.0), "fc2": (0.5, 4.0), "fc3": (0.25, 1.0)}
+    unbalanced = {
+        name: {"kernel": kernel * leaf["kernel"], "bias": bias * leaf["bias"]}
+        for (name, leaf), (kernel, bias) in zip(
+            params.items(), factors.values(), strict=True
+        )
+    }
+
+    def apply(params):
+        h = x
+        for name in params:
+            h = h @ params[name]["kernel"] + params[name]["bias"]
+            h = h if name == "fc3" else jax.nn.relu(h)
+        return h
+
+    def trained(params, *transformations):
+        tx = optax.chain(*transformations, optax.sgd(0.02, 0.9, nesterov=True))
+        state, losses = tx.init(params), []
+        loss_fn = jax.value_and_grad(lambda p: jnp.mean((apply(p) - y) ** 2))
+        for _ in range(20):
+            loss, gradient = loss_fn(params)
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(loss))
+        return losses
+
+    scale = bmo.scale_by_backmatch(net, gains=gains, norm_floor=0)
+    balanced = trained(params, scale)
+    np.testing.assert_allclose(trained(unbalanced, scale), balanced, rtol=1e-3)
+    assert balanced[-1] < 0.9 * balanced[0]
+    assert abs(trained(unbalanced)[-1] / trained(params)[-1] - 1) > 0.05
+
+
 def test_each_parameter_of_a_conv_net_gets_the_scale_of_the_reference():
     # Random biases and norms too: zeros and ones would hide a rule.
     shapes = jax.eval_shape(
