@@ -15,7 +15,7 @@ from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax._locate import Unlisted, locate
 from backmatch_optax._moments import Gains, Moments
-from backmatch_optax._param_paths import join, listed, text
+from backmatch_optax._param_paths import join, refuse_parts, text
 from backmatch_optax._positive import Positive, evaluate, number, stacked, wide
 from backmatch_optax._site import Site
 
@@ -110,7 +110,7 @@ def walk(
 ) -> list[Site]:
     """The chain's sites with moments and `m` filled in by the two passes."""
     check_gains(gains)
-    _refuse_parts(params, getattr(spec, "paths", ()))
+    refuse_parts(params, getattr(spec, "paths", ()))
     sites = locate(spec, params, unlisted=unlisted)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -126,32 +126,6 @@ def walk(
     _recursion.forward(sites, Moments(number(1.0)))
     _recursion.backward(sites, number(1.0))
     return sites
-
-
-def _refuse_parts(params: optax.Params, declared: Sequence[str]) -> None:
-    """Raises `ValueError` where a declared parameter differs between devices.
-
-    Outside of `shard_map` an array is whole, wherever its parts lie. Inside it a part
-    looks like any array, and its norm and features would silently be taken for those of
-    the whole. Its type tells, unless `shard_map` was told not to check.
-    """
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not isinstance(leaf, jax.Array):
-            continue
-        axes = jax.typeof(leaf).manual_axis_type.varying
-        if not axes:
-            continue
-        path = text(key_path)
-        modules = itertools.accumulate(path.split("/"), join, initial="")
-        if any(module in declared for module in modules):
-            raise ValueError(
-                f"{path!r} differs between devices along {listed(sorted(axes))} inside "
-                "jax.shard_map, but a scale needs whole kernels, not one device's part "
-                "of them. Return the gradients from shard_map and call update outside, "
-                "under jax.jit: it takes sharded arrays as they are. Where every "
-                "device trains a whole model of its own, pass check_vma=False to "
-                "shard_map."
-            )
 
 
 def check_gains(gains: Gains) -> None:

@@ -15,6 +15,7 @@ from backmatch_optax._param_paths import (
     is_masked,
     listed,
     masked_text,
+    refuse_parts,
     text,
 )
 from backmatch_optax._transform import scaled
@@ -77,7 +78,9 @@ def measure_layer_scales(
 
     Raises:
       ValueError: where `num_probes` is below 1, a parameter or an output has no real
-        floating dtype, or the outputs have no common batch axis.
+        floating dtype, or the outputs have no common batch axis; or inside
+        `jax.shard_map`, where a parameter is not the same on all devices, so that it
+        may be a part of one.
 
     Examples:
       >>> import jax
@@ -123,6 +126,7 @@ def checked_count(name: str, count: Any) -> int:
 
 def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
     """How many coordinates each layer has, in the order of the tree."""
+    refuse_parts(params)
     sizes: dict[str, int] = {}
     for path, leaf in ParamPaths(params).leaves.items():
         if is_masked(leaf):
@@ -240,7 +244,8 @@ def scale_by_measured_backmatch(
 
     Raises:
       ValueError: where `refresh_every` is below 1; in `init`, where a parameter has no
-        real floating dtype; in `update`, where `params` or `outputs_fn` is missing.
+        real floating dtype; in `update`, where `params` or `outputs_fn` is missing;
+        inside `jax.shard_map`, where a parameter is not the same on all devices.
 
     Examples:
       >>> import jax

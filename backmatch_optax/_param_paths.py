@@ -9,6 +9,7 @@ are the beginning of the leaf's key path, with exactly one array below.
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,6 +51,32 @@ def is_leafless(tree: Any) -> bool:
     A masked layer is no leaf either, but has to be refused, so it counts.
     """
     return not jax.tree.leaves(tree, is_leaf=is_masked)
+
+
+def refuse_parts(tree: Any, declared: Sequence[str] = ("",)) -> None:
+    """Raises `ValueError` where an array below a declared path differs between devices.
+
+    Outside of `shard_map` an array is whole, wherever its parts lie. Inside it a part
+    looks like any array, and its norm and features would silently be taken for those of
+    the whole. Its type tells, unless `shard_map` was told not to check.
+    """
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(leaf, jax.Array):
+            continue
+        axes = jax.typeof(leaf).manual_axis_type.varying
+        if not axes:
+            continue
+        path = text(key_path)
+        modules = itertools.accumulate(path.split("/"), join, initial="")
+        if any(module in declared for module in modules):
+            raise ValueError(
+                f"{path!r} differs between devices along {listed(sorted(axes))} inside "
+                "jax.shard_map, but a scale needs whole kernels, not one device's part "
+                "of them. Return the gradients from shard_map and call update outside, "
+                "under jax.jit: it takes sharded arrays as they are. Where every "
+                "device trains a whole model of its own, pass check_vma=False to "
+                "shard_map."
+            )
 
 
 def masked_text(path: str) -> str:

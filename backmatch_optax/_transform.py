@@ -18,7 +18,7 @@ from backmatch_optax._layer_scales import (
 )
 from backmatch_optax._locate import Unlisted, check_spec
 from backmatch_optax._moments import Gains
-from backmatch_optax._param_paths import is_leafless, text
+from backmatch_optax._param_paths import is_leafless, refuse_parts, text
 from backmatch_optax._positive import wide
 
 
@@ -199,6 +199,10 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
       A gradient transformation without state. It keeps the structure and dtypes of the
       updates and computes norms in float32 or wider; a gradient of zeros stays zero.
 
+    Raises:
+      ValueError: in `update`, where inside `jax.shard_map` a gradient is not the same
+        on all devices, so that its norm may be that of a part.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax
@@ -225,6 +229,7 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
+        refuse_parts(updates)
         return jax.tree.map(_scaled_by_own_norm, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -320,6 +320,28 @@ def test_a_part_of_a_kernel_in_shard_map_is_refused_by_name(wrap):
         wrap(in_shard_map(update, PAIR_CUT, PAIR_CUT))(pair_params())
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [bmo.scale_by_lsalr(), bmo.scale_by_measured_backmatch(key=jax.random.key(0))],
+    ids=["lsalr", "measured"],
+)
+def test_norms_of_parts_are_refused_whatever_the_scale(tx):
+    def outputs(params):
+        return jnp.ones((2, 1)) * sum(leaf.sum() for leaf in jax.tree.leaves(params))
+
+    def update(params):
+        state = tx.init(params)
+        return tx.update(params, state, params, outputs_fn=outputs)[0]
+
+    with pytest.raises(ValueError, match="'down/kernel' differs between devices"):
+        in_shard_map(update, PAIR_CUT, PAIR_CUT)(pair_params())
+    updates, _ = bmo.scale_by_lsalr().update(pair_params(), optax.EmptyState())
+    whole_updates = in_shard_map(
+        lambda params: bmo.scale_by_lsalr().update(params, optax.EmptyState())[0], P()
+    )(pair_params())
+    assert_trees_all_close(whole_updates, updates, rtol=1e-6)
+
+
 @pytest.mark.parametrize("axis", [0, 1], ids=["in", "out"])
 def test_parts_that_do_not_fit_are_refused_for_being_parts(axis):
     def scales(params):
