@@ -1,8 +1,8 @@
 """Layer-wise adaptive rates from back-matching propagation, for Optax and Flax.
 
-A `GradientTransformation` that multiplies each layer's gradient by one number: what the
-layers above it do to the signal, taken back. Declare the layer chain once, and add one
-line to the `optax.chain` you have.
+A `GradientTransformation` that multiplies each layer's gradient by one number, which
+undoes what the layers above it do to the signal. Declare the layer chain once, and add
+one line to the `optax.chain` you have.
 """
 
 from importlib.metadata import version as _version

@@ -69,9 +69,10 @@ def compare_scales(
     ratio is followed down the chain, and where it changes by more than `tolerance`, and
     by more than chance, the links there are named.
 
-    At initialisation, with `"mean_field"` gains, the two should agree within a factor
-    of about 1.5 for Gaussian input and of 2 to 3 for images; training makes kernels and
-    signals less random, and the two part slowly.
+    At initialisation, with `"mean_field"` gains, the scales of kernels should agree
+    within a factor of about 1.2 for Gaussian input and of 3 for images, or for small
+    padded ones; those of a normalisation's scale and bias may be off tenfold. Training
+    makes kernels and signals less random, and the two part slowly.
 
     Args:
       spec: the declared chain.

@@ -243,8 +243,9 @@ def scale_by_measured_backmatch(
       Its `update` needs `params` and `outputs_fn`.
 
     Raises:
-      ValueError: where `refresh_every` is below 1; in `init`, where a parameter has no
-        real floating dtype; in `update`, where `params` or `outputs_fn` is missing;
+      ValueError: where `refresh_every` is below 1 or `decay` is not in [0, 1); in
+        `init`, where a parameter has no real floating dtype; in `update`, where
+        `params` or `outputs_fn` is missing;
         inside `jax.shard_map`, where a parameter is not the same on all devices.
 
     Examples:
@@ -267,6 +268,8 @@ def scale_by_measured_backmatch(
       >>> print(optax.tree.get(state, "layer_scales").round(4))
       [0.25]
     """
+    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
+        raise ValueError(f"decay (={decay!r}) must be in [0, 1)")
     if not isinstance(refresh_every, int) or refresh_every < 1:
         raise ValueError(
             f"refresh_every (={refresh_every!r}) must be an int of at least 1"

@@ -11,7 +11,7 @@ Every kind of layer is one class that states, for a link between its input and o
 That is all the recursion needs, so a new kind of layer is one new class. Spellings and
 defaults are Flax's own, kernels are in Flax layout: Dense `(in, out)`, Conv
 `(*window, in / groups, out)`. Links are frozen, hashable and comparable, and their
-`repr` is the code that rebuilds them.
+`repr` is the code that rebuilds them (functions of a `Block` by their names).
 
 Equation numbers: BM is Zhang, Chen and Liu, arXiv 1802.09750; LH is Zhang, Chen and
 Liu, "On the Local Hessian in Back-propagation", NeurIPS 2018.
@@ -258,8 +258,8 @@ class Conv(_Linear):
     Args:
       path: where the layer's `kernel` and optional `bias` lie in the parameters.
       strides: an int for all dimensions, or one for each.
-      padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`, `"CAUSAL"`, an int, or an
-        int or a (low, high) pair for each dimension.
+      padding: `"SAME"`, `"SAME_LOWER"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`,
+        `"CAUSAL"`, an int, or an int or a (low, high) pair for each dimension.
       kernel_dilation: an int for all dimensions, or one for each.
       feature_group_count: the number of groups the input features are split into.
 
@@ -637,7 +637,8 @@ class MaxPool(_Pool):
       window_shape: the window, one int for each spatial dimension.
       strides: an int for all dimensions, or one for each; None is a stride of 1, as in
         Flax (so the usual pooling is `MaxPool((2, 2), strides=(2, 2))`).
-      padding: `"VALID"`, `"SAME"`, or (low, high) pairs.
+      padding: `"VALID"`, `"SAME"`, `"SAME_LOWER"`, an int, or an int or a (low, high)
+        pair for each dimension.
 
     Raises:
       ValueError: where an argument is none of these.
@@ -677,7 +678,8 @@ class AvgPool(_Pool):
       window_shape: the window, one int for each spatial dimension.
       strides: an int for all dimensions, or one for each; None is a stride of 1, as in
         Flax.
-      padding: `"VALID"`, `"SAME"`, or (low, high) pairs.
+      padding: `"VALID"`, `"SAME"`, `"SAME_LOWER"`, an int, or an int or a (low, high)
+        pair for each dimension.
 
     Raises:
       ValueError: where an argument is none of these.

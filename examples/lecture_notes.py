@@ -1,4 +1,4 @@
-"""What a course on training networks teaches, each part with back-matched scales.
+"""Classic advice on training networks, each piece of it with back-matched scales.
 
 A tanh network on the digits: Xavier, Kaiming and orthogonal initial weights; the
 momentum schedule of Sutskever et al. (2013); mini-batches; dropout; early stopping on a

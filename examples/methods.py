@@ -1,4 +1,4 @@
-"""The optimizers that are compared, each with Nesterov momentum and weight decay."""
+"""The optimizers that are compared, with weight decay; all but AdamW with momentum."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How well declared scales predict measured ones, at initialisation.
 
 A declared scale follows from shapes and norms; a measured one from the model itself.
-Prints both for every layer, with the papers' gains and with mean-field ones, and plots
-their ratios.
+Prints and plots declared over measured for every kernel, with the papers' gains and
+with mean-field ones, all BatchNorm scales set to 1.
 
     python -m examples.predicted_scales
     python -m examples.predicted_scales --dataset cifar10 --data-dir DIRECTORY

@@ -189,6 +189,11 @@ def test_what_is_in_the_results_file_is_not_run_again(tmp_path, monkeypatch):
     first = one_run(tmp_path, "sgd", "--epochs", "1")
     monkeypatch.setattr(cli, "train", None)  # cannot be called
     assert one_run(tmp_path, "sgd", "--epochs", "1") == first
+    # Nor what was recorded before a protocol had all of today's fields.
+    older = first | {"protocol": {**first["protocol"]}}
+    del older["protocol"]["patience"]
+    (tmp_path / "runs.jsonl").write_text(json.dumps(older) + "\n")
+    assert one_run(tmp_path, "sgd", "--epochs", "1") == first
 
 
 def test_a_run_that_diverges_is_kept_and_never_chosen(tmp_path):

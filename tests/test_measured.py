@@ -432,6 +432,8 @@ def test_what_measured_training_needs_is_asked_for(arguments, missing):
         tx.update(params, tx.init(params), **arguments)
 
 
-def test_refresh_every_must_be_a_positive_int():
+def test_refresh_every_and_decay_must_be_in_range():
     with pytest.raises(ValueError, match=r"refresh_every \(=0\)"):
         bmo.scale_by_measured_backmatch(key=KEY, refresh_every=0)
+    with pytest.raises(ValueError, match=r"decay \(=1\.0\) must be in \[0, 1\)"):
+        bmo.scale_by_measured_backmatch(key=KEY, decay=1.0)

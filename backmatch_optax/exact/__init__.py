@@ -31,7 +31,7 @@ name: they need Flax.
   in this package; under a sum, all directions grow by the size of the batch, as BP's
   gradients do.
 * **What is not covered.** Everything in between keeps its BP rule. That is the
-  least-squares one for dropping, reshaping and max pooling without overlap, but not for
+  least-squares one for dropout, reshaping and max pooling without overlap, but not for
   average pooling, other activations or residual sums.
 * Only first derivatives, and only in reverse mode.
 

@@ -31,9 +31,15 @@ __all__ = ["BatchNorm", "Conv", "Dense"]
 class Dense(nn.Dense):
     """`flax.linen.Dense` with the backward pass of `exact.dense`.
 
+    Maps (batch, ..., in) to (batch, ..., out).
+
     Attributes:
       damping: the relative ridge, at least 0.
       decay: of the running average of the second moment; None for the batch's own.
+
+    Raises:
+      ValueError: in `init` and `apply`, where `damping` is below 0, `decay` is not in
+        [0, 1) or an argument of Flax's that would have no effect is given.
 
     Examples:
       >>> import jax
@@ -71,9 +77,15 @@ class Dense(nn.Dense):
 class Conv(nn.Conv):
     """`flax.linen.Conv` with the backward pass of `exact.conv`.
 
+    Maps (batch, *positions, in) to (batch, *positions_out, out).
+
     Attributes:
       damping: the relative ridge, at least 0.
       decay: of the running average of the second moment; None for the batch's own.
+
+    Raises:
+      ValueError: in `init` and `apply`, where `damping` is below 0, `decay` is not in
+        [0, 1) or an argument of Flax's that would have no effect is given.
 
     Examples:
       >>> import jax
@@ -126,6 +138,12 @@ class Conv(nn.Conv):
 
 class BatchNorm(nn.BatchNorm):
     """`flax.linen.BatchNorm` with the backward pass of `exact.batch_norm`.
+
+    Keeps the shape, (batch, ..., features).
+
+    Raises:
+      ValueError: in `init` and `apply`, where an `axis`, an `axis_name` or a `mask` is
+        given.
 
     Examples:
       >>> import jax

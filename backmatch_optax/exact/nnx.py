@@ -36,12 +36,19 @@ class SecondMoment(nnx.Variable):
 class Linear(nnx.Linear):
     """`flax.nnx.Linear` with the backward pass of `exact.dense`.
 
+    Maps (batch, ..., in) to (batch, ..., out).
+
     Args:
       in_features: features of the input.
       out_features: features of the output.
       damping: the relative ridge, at least 0.
       decay: of the running average of the second moment; None for the batch's own.
       **options: the other arguments of `nnx.Linear`.
+
+    Raises:
+      ValueError: where `decay` is not in [0, 1) or an argument of Flax's that would
+        have no effect is given; in a call, where `damping` is below 0 or an
+        `out_sharding` is given.
 
     Examples:
       >>> import jax
@@ -99,6 +106,8 @@ class Linear(nnx.Linear):
 class Conv(nnx.Conv):
     """`flax.nnx.Conv` with the backward pass of `exact.conv`.
 
+    Maps (batch, *positions, in) to (batch, *positions_out, out).
+
     Args:
       in_features: features of the input.
       out_features: features of the output.
@@ -106,6 +115,11 @@ class Conv(nnx.Conv):
       damping: the relative ridge, at least 0.
       decay: of the running average of the second moment; None for the batch's own.
       **options: the other arguments of `nnx.Conv`.
+
+    Raises:
+      ValueError: where `decay` is not in [0, 1) or an argument of Flax's that would
+        have no effect is given; in a call, where `damping` is below 0 or an
+        `out_sharding` is given.
 
     Examples:
       >>> import jax
@@ -173,9 +187,14 @@ class Conv(nnx.Conv):
 class BatchNorm(nnx.BatchNorm):
     """`flax.nnx.BatchNorm` with the backward pass of `exact.batch_norm`.
 
+    Keeps the shape, (batch, ..., features).
+
     Args:
       num_features: features of the input.
       **options: the other arguments of `nnx.BatchNorm`.
+
+    Raises:
+      ValueError: where an `axis`, an `axis_name` or a `mask` is given.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -53,9 +53,10 @@ from backmatch_optax.local_hessian._operator import (
     input_hessian,
     weight_hessian,
 )
-from backmatch_optax.local_hessian._report import Report, report
+from backmatch_optax.local_hessian._report import BlockReport, Report, report
 
 __all__ = [
+    "BlockReport",
     "Condition",
     "LocalHessian",
     "MarchenkoPastur",

@@ -204,6 +204,9 @@ class Spectrum:
         Args:
           x: where to evaluate.
           width: the standard deviation, in units of the eigenvalues.
+
+        Raises:
+          ValueError: where `width` is not positive.
         """
         if not width > 0:
             raise ValueError(f"width (={width!r}) must be positive")
@@ -335,11 +338,11 @@ def condition(
     LH's `C` of a Jacobian is over its singular values, the square root of this one of
     its Gauss-Newton matrix.
 
-    Small blocks, with up to 1024 rows or columns of the Jacobian, get all their
-    eigenvalues, and the answer is exact. Others get matfree's Golub-Kahan
-    bidiagonalisation with full reorthogonalisation, from a start within the range of
-    :math:`J^T`. Their answer is a lower bound. A Ritz value :math:`\theta` is at most
-    the largest eigenvalue, and the smallest non-zero one is at most
+    Small blocks, with up to 1024 rows or columns of the Jacobian and up to 2^27
+    entries, get all their eigenvalues, and the answer is exact. Others get matfree's
+    Golub-Kahan bidiagonalisation with full reorthogonalisation, from a start within the
+    range of :math:`J^T`. Their answer is a lower bound. A Ritz value :math:`\theta` is
+    at most the largest eigenvalue, and the smallest non-zero one is at most
     :math:`\theta / (1 - \rho^2)`, with :math:`\rho < 1` its relative residual, because
     no more than :math:`\rho` of the Ritz vector lies in the null space. The upper end
     converges within few products; the lower one slowly, and where the spectrum reaches

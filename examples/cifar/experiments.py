@@ -20,7 +20,7 @@ class Experiment:
       epochs: passes over the training images.
       schedule: of the learning rate: constant; linear, to 0 at the end; step, times 0.2
         after each fifth of the epochs; plateau, halved when an epoch's training loss
-        has not improved for 10 epochs.
+        has not improved for 10 epochs (LH 4.1 watches the validation accuracy).
       augment: random flips and rotations.
       batch_size: images a step.
       momentum: of every method but AdamW and Muon, Nesterov's.
@@ -64,8 +64,9 @@ EXPERIMENTS = {
     "vgg_plateau": Experiment("cifar10", "vgg13", 300, "plateau", augment=True),
 }
 
-# The same number of learning rates for every method: the papers' (BM 3.3, 4), and for
-# methods they do not have around what their authors recommend.
+# The same number of learning rates for every method: the papers' for SGD and backmatch
+# (BM 3.3, 4), about the papers' for LARS and LSALR, and for methods that they do not
+# have around what their authors recommend.
 LEARNING_RATES = {
     "sgd": (0.02, 0.05, 0.1, 0.2, 0.5),
     "lars": (1.0, 2.0, 5.0, 10.0, 20.0),
@@ -82,9 +83,9 @@ LEARNING_RATES = {
     "fan-in": (0.2, 0.5, 1.0, 2.0, 5.0),
 }
 
-# The papers' 0 and 5e-4, and one above: the scale multiplies the decay too, so that a
-# comparison at one fixed decay compares decays. The last two methods multiply the decay
-# by the rate alone, which is a hundred times smaller.
+# The papers' 0, 5e-4 and 5e-3 (BM 4.2, LH 4.1): the scale multiplies the decay too, so
+# that a comparison at one fixed decay compares decays. AdamW and Muon multiply the
+# decay by their rate, which is a hundred times smaller.
 WEIGHT_DECAYS = dict.fromkeys(LEARNING_RATES, (0.0, 5e-4, 5e-3)) | {
     "adamw": (0.0, 5e-2, 5e-1),
     "muon": (0.0, 5e-2, 5e-1),

@@ -110,10 +110,17 @@ def write_log(path: Path, runs: Sequence[Run], history: History, epochs: int) ->
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """All records, oldest first; none where there is no file."""
+    """All records, oldest first; none where there is no file.
+
+    What a protocol or a run did not have yet when it was recorded is at its default.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["protocol"] = dataclasses.asdict(Experiment(**record["protocol"]))
+        record["run"] = dataclasses.asdict(Run(**record["run"]))
+    return records
 
 
 def _rounded(values: np.ndarray) -> list[float | None]:

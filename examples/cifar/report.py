@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 Record = dict[str, Any]
 Results = dict[tuple[str, float, float], list[Record]]  # by method, rate and decay
 
-# BM Tables 1 and 2, test accuracy in %, the best of five trials.
+# BM Tables 1 and 2, test accuracy in %; of Table 2, the best of five trials.
 PAPER: dict[tuple[str, str], dict[str, float]] = {
     (dataset, f"vgg{depth}"): dict(
         zip(("sgd", "lars", "lsalr", "backmatch"), row, strict=True)
