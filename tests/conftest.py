@@ -1,9 +1,14 @@
 """Settings that every test module relies on, made before JAX picks its backend."""
 
+import os
+
 import hypothesis
 import jax
 import pytest
 
+# Threads of XLA's pool on CPU. With no more of them than devices, an all-reduce can
+# wait for ever for threads that wait for its result, where programs run without jit.
+os.environ.setdefault("NPROC", "32")
 # Tests of sharding need several devices; all others run on the first of them.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -24,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Programs that tests start find it too, through the environment.
     """
+    if not config.pluginmanager.has_plugin("cacheprovider"):
+        return
     assert config.cache is not None
     directory = str(config.cache.mkdir("jax"))
     patch = pytest.MonkeyPatch()
