@@ -69,8 +69,8 @@ PANELS: dict[str, tuple[Network, ...]] = {
     "width": tuple(Network(f"width {w}", width=w) for w in (32, 128, 512)),
     "depth": tuple(Network(f"depth {d}", depth=d) for d in (2, 4, 8)),
     "initial weights": tuple(Network(f"times {s:g}", init=s) for s in (0.5, 1, 2)),
-    "layers out of balance": tuple(
-        Network(f"times and over {s}", imbalance=s) for s in (1, 2, 4)
+    "balance of layers": tuple(
+        Network(f"times {s}, over {s}", imbalance=s) for s in (1, 2, 4)
     ),
     "LeNet, classes": (
         Network("10 classes", kind="lenet", dataset="cifar10"),
@@ -244,10 +244,11 @@ def plot(curves: Curves, name: str, path: Path) -> None:
         row[0].set(ylabel=f"{panel}\n{name}")
         row[0].legend(fontsize="small", loc="upper left")
         if name == "loss":
-            least = min(
-                np.nanmin(m[name]) for n in networks.values() for m in n.values()
-            )
-            row[0].set(ylim=(least - 0.1, least + 1.5))
+            least = [
+                min(np.nanmin(result[name]) for result in results.values())
+                for results in networks.values()
+            ]
+            row[0].set(ylim=(min(least) - 0.1, max(least) + 1))
     for axis, method in zip(axes[0], METHODS, strict=True):
         axis.set_title(method)
     for axis in axes[-1]:
@@ -291,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
         if networks[0].kind in options.networks
     }
     header = "  ".join(f"{method:>22}" for method in METHODS)
-    tqdm.write(f"{'best rate, loss, accuracy':28}  {header}")
+    tqdm.write(f"{'best rate, loss, accuracy':38}  {header}")
     # The same network stands in several panels, but is trained once.
     trained: dict[Network, dict[str, dict[str, np.ndarray]]] = {}
     shapes = {shape_of(network) for panel in panels.values() for network in panel}
@@ -329,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
                         f"{means['accuracy'][at]:.1%}"
                     )
                 tqdm.write(
-                    f"{panel + ', ' + network.change:28}  "
+                    f"{panel + ', ' + network.change:38}  "
                     + "  ".join(f"{cell:>22}" for cell in cells)
                 )
     for method in METHODS[1:]:
