@@ -8,7 +8,7 @@ import pytest
 
 # Threads of XLA's pool on CPU. With no more of them than devices, an all-reduce can
 # wait for ever for threads that wait for its result, where programs run without jit.
-os.environ.setdefault("NPROC", "32")
+os.environ["NPROC"] = "32"
 # Tests of sharding need several devices; all others run on the first of them.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

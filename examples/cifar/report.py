@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from examples import methods
 from examples.cifar import records
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
@@ -48,7 +49,9 @@ PAPER: dict[tuple[str, str], dict[str, float]] = {
     for depth, row in zip((11, 13, 16, 19), rows, strict=True)
 }
 _LINES = {"backmatch": "-", "sgd": ":", "backmatch, norms kept": "--"}
-_COLOURS = {"sgd": "C0", "lars": "C1", "lsalr": "C2", "backmatch": "C3"}
+# The same colour for a method in every picture.
+_ALL = (*methods.METHODS, *methods.OTHERS, *methods.ABLATIONS)
+_COLOURS = {m: plt.get_cmap("tab20")(2 * i % 19) for i, m in enumerate(_ALL)}
 
 
 def by_protocol(found: Iterable[Record]) -> dict[str, list[Record]]:
@@ -149,7 +152,7 @@ def plot_curves(results: Results, path: Path) -> None:
             for axis, name, factor in ((left, "loss", 1), (right, "accuracy", 100)):
                 epochs = min(len(record[name]) for record in kept)
                 curves = factor * np.array([record[name][:epochs] for record in kept])
-                colour = _COLOURS.get(method)
+                colour = _COLOURS[method]
                 mean, x = curves.mean(0), np.arange(1, epochs + 1)
                 axis.plot(x, mean, color=colour, label=f"{method}, rate {rate:g}")
                 axis.fill_between(
