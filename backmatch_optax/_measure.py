@@ -245,8 +245,8 @@ def scale_by_measured_backmatch(
     Raises:
       ValueError: where `refresh_every` is below 1 or `decay` is not in [0, 1); in
         `init`, where a parameter has no real floating dtype; in `update`, where
-        `params` or `outputs_fn` is missing;
-        inside `jax.shard_map`, where a parameter is not the same on all devices.
+        `params` or `outputs_fn` is missing; inside `jax.shard_map`, where a parameter
+        is not the same on all devices.
 
     Examples:
       >>> import jax

@@ -26,6 +26,7 @@ ABLATIONS = (
     "own norm",  # ||W||^2_{2,mu} of the layer itself, nothing of those above
     "fan-in",  # 1 / sqrt(fan-in), as many set their initial weights
 )
+ALL = (*METHODS, *OTHERS, *ABLATIONS)
 
 
 def optimizer(
@@ -92,7 +93,7 @@ def optimizer(
                 )
             )
             return optax.chain(decay, fan_in, sgd)
-    known = ", ".join(map(repr, (*METHODS, *OTHERS, *ABLATIONS)))
+    known = ", ".join(map(repr, ALL))
     raise ValueError(f"method (={method!r}) must be one of {known}")
 
 

@@ -239,8 +239,7 @@ def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
 
 
 def test_every_method_has_a_grid_of_the_same_size():
-    known = {*methods.METHODS, *methods.OTHERS, *methods.ABLATIONS}
-    assert set(LEARNING_RATES) == set(WEIGHT_DECAYS) == known
+    assert set(LEARNING_RATES) == set(WEIGHT_DECAYS) == set(methods.ALL)
     assert {len(rates) for rates in LEARNING_RATES.values()} == {5}
     assert {len(decays) for decays in WEIGHT_DECAYS.values()} == {3}
 

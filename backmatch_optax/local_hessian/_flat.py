@@ -55,8 +55,7 @@ def flatten(hessian: LocalHessian) -> Flat:
     if hessian.target is not None:
         return Flat(product, product, start.size, start)
     jacobian = jax.linearize(lambda x: output_at(hessian, x), hessian.point)[1]
-    output = jax.eval_shape(hessian.fn, hessian.params, hessian.z)
-    return Flat(product, flattened(jacobian), output.size, start)
+    return Flat(product, flattened(jacobian), factor_rows(hessian), start)
 
 
 def factor_rows(hessian: LocalHessian) -> int:

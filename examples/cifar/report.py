@@ -50,8 +50,7 @@ PAPER: dict[tuple[str, str], dict[str, float]] = {
 }
 _LINES = {"backmatch": "-", "sgd": ":", "backmatch, norms kept": "--"}
 # The same colour for a method in every picture.
-_ALL = (*methods.METHODS, *methods.OTHERS, *methods.ABLATIONS)
-_COLOURS = {m: plt.get_cmap("tab20")(2 * i % 19) for i, m in enumerate(_ALL)}
+_COLOURS = {m: plt.get_cmap("tab20")(2 * i % 19) for i, m in enumerate(methods.ALL)}
 
 
 def by_protocol(found: Iterable[Record]) -> dict[str, list[Record]]:
