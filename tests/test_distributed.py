@@ -321,11 +321,16 @@ def test_a_part_of_a_kernel_in_shard_map_is_refused_by_name(wrap):
 
 
 @pytest.mark.parametrize(
-    "tx",
-    [bmo.scale_by_lsalr(), bmo.scale_by_measured_backmatch(key=jax.random.key(0))],
+    "scaled",  # made in the test: a key asks JAX for its devices, before a worker may
+    [
+        bmo.scale_by_lsalr,
+        lambda: bmo.scale_by_measured_backmatch(key=jax.random.key(0)),
+    ],
     ids=["lsalr", "measured"],
 )
-def test_norms_of_parts_are_refused_whatever_the_scale(tx):
+def test_norms_of_parts_are_refused_whatever_the_scale(scaled):
+    tx = scaled()
+
     def outputs(params):
         return jnp.ones((2, 1)) * sum(leaf.sum() for leaf in jax.tree.leaves(params))
 
