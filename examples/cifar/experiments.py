@@ -66,20 +66,20 @@ EXPERIMENTS = {
 
 # The same number of learning rates for every method: the papers' for SGD and backmatch
 # (BM 3.3, 4), about the papers' for LARS and LSALR, and for methods that they do not
-# have around what their authors recommend.
+# have around what their authors recommend; moved where the best was at an end.
 LEARNING_RATES = {
     "sgd": (0.02, 0.05, 0.1, 0.2, 0.5),
     "lars": (1.0, 2.0, 5.0, 10.0, 20.0),
     "lsalr": (0.006, 0.02, 0.05, 0.1, 0.2),
     "backmatch": (0.005, 0.01, 0.02, 0.05, 0.1),
     "adamw": (0.0001, 0.0003, 0.001, 0.003, 0.01),
-    "muon": (0.0001, 0.0003, 0.001, 0.003, 0.01),
+    "muon": (0.0003, 0.001, 0.003, 0.01, 0.03),
     "backmatch, decay after": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, mean field": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, frozen": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, norms kept": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, normalized": (0.02, 0.05, 0.1, 0.2, 0.5),
-    "own norm": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "own norm": (0.002, 0.005, 0.01, 0.02, 0.05),
     "fan-in": (0.2, 0.5, 1.0, 2.0, 5.0),
 }
 
