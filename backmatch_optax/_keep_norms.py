@@ -12,7 +12,7 @@ import optax
 
 from backmatch_optax import spec as _spec
 from backmatch_optax._locate import locate
-from backmatch_optax._param_paths import is_leafless, join, text
+from backmatch_optax._param_paths import is_leafless, join, refuse_parts, text
 from backmatch_optax._positive import wide
 from backmatch_optax._site import Site
 from backmatch_optax._transform import scaled
@@ -55,7 +55,8 @@ def keep_norms(
     Raises:
       ValueError: in `init`, where no kernel is right before a normalisation, where
         `inner` keeps second moments, or where the chain does not fit the parameters
-        (see `check_spec`); in `update`, where `params` is None.
+        (see `check_spec`); in `update`, where `params` is None, or inside
+        `jax.shard_map` where a kernel is one device's part of a whole.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -104,6 +105,7 @@ def keep_norms(
                 "keep_norms needs the parameters: call update(updates, state, params), "
                 "but params is None"
             )
+        refuse_parts(params, spec.paths)
         kept = _kernels(spec, params)
         updates, state = inner.update(updates, state, params, **extra_args)
 

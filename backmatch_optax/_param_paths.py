@@ -71,8 +71,8 @@ def refuse_parts(tree: Any, declared: Sequence[str] = ("",)) -> None:
         if any(module in declared for module in modules):
             raise ValueError(
                 f"{path!r} differs between devices along {listed(sorted(axes))} inside "
-                "jax.shard_map, but a scale needs whole kernels, not one device's part "
-                "of them. Return the gradients from shard_map and call update outside, "
+                "jax.shard_map, but norms need whole kernels, not one device's part of "
+                "them. Return the gradients from shard_map and call update outside, "
                 "under jax.jit: it takes sharded arrays as they are. Where every "
                 "device trains a whole model of its own, pass check_vma=False to "
                 "shard_map."

@@ -286,6 +286,9 @@ def test_every_buffer_but_the_scales_is_updated_in_place(mode):
 PAIR = spec.LayerChain(
     [spec.Dense("up"), spec.Activation("gelu"), spec.Dense("down")], input_shape=(16,)
 )
+NORMED_PAIR = spec.LayerChain(
+    [spec.Dense("up"), spec.BatchNorm(), spec.Dense("down")], input_shape=(16,)
+)
 # Cut as a pair of tensor-parallel layers is: every part fits the chain by its shapes.
 PAIR_CUT = {"up": {"kernel": P(None, "d")}, "down": {"kernel": P("d", None)}}
 
@@ -321,15 +324,17 @@ def test_a_part_of_a_kernel_in_shard_map_is_refused_by_name(wrap):
 
 
 @pytest.mark.parametrize(
-    "scaled",  # made in the test: a key asks JAX for its devices, before a worker may
+    # Made in the test: a key asks JAX for its devices, before a worker may.
+    "transformation",
     [
         bmo.scale_by_lsalr,
         lambda: bmo.scale_by_measured_backmatch(key=jax.random.key(0)),
+        lambda: bmo.keep_norms(optax.sgd(0.1, momentum=0.9), NORMED_PAIR),
     ],
-    ids=["lsalr", "measured"],
+    ids=["lsalr", "measured", "keep_norms"],
 )
-def test_norms_of_parts_are_refused_whatever_the_scale(scaled):
-    tx = scaled()
+def test_norms_of_parts_are_refused_whoever_takes_them(transformation):
+    tx = transformation()
 
     def outputs(params):
         return jnp.ones((2, 1)) * sum(leaf.sum() for leaf in jax.tree.leaves(params))
