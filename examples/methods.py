@@ -20,6 +20,7 @@ OTHERS = ("adamw", "muon")
 ABLATIONS = (
     "backmatch, decay after",  # the scale does not multiply the weight decay
     "backmatch, mean field",
+    "backmatch, measured",  # on the model itself, every 20 steps
     "backmatch, frozen",  # the scales of the initial weights, all along
     "backmatch, norms kept",  # of the kernels below a BatchNorm
     "backmatch, normalized",  # for SGD's learning rate
@@ -39,6 +40,7 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer by its name, with decay before everything else as in BM 3.2.
 
+    "backmatch, measured" needs `outputs_fn` with each update.
     Where a method defines where its decay goes (LARS, AdamW, Muon), it goes there.
     """
     decay = optax.add_decayed_weights(weight_decay)
@@ -75,6 +77,9 @@ def optimizer(
             return optax.chain(decay, scale, sgd)
         case "backmatch, mean field":
             scale = bmo.scale_by_backmatch(chain, gains="mean_field")
+            return optax.chain(decay, scale, sgd)
+        case "backmatch, measured":
+            scale = bmo.scale_by_measured_backmatch(key=jax.random.key(0))
             return optax.chain(decay, scale, sgd)
         case "backmatch, frozen":
             return optax.chain(decay, _at_initial(bmo.scale_by_backmatch(chain)), sgd)

@@ -248,9 +248,15 @@ def test_every_method_has_a_grid_of_the_same_size():
 def test_every_method_moves_every_kernel_by_finite_numbers(method):
     model, chain = models.MODELS["lenet"](10, (32, 32, 1))
     params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
-    params = params["params"]
+    params, stats = params["params"], params["batch_stats"]
     tx = methods.optimizer(method, 0.1, chain, weight_decay=1e-3)
-    updates, _ = tx.update(params, tx.init(params), params)
+    images = jax.random.normal(jax.random.key(1), (8, 32, 32, 1))
+
+    def outputs(params):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, images, train=False)
+
+    updates, _ = tx.update(params, tx.init(params), params, outputs_fn=outputs)
     for update in jax.tree.leaves(updates):
         assert np.isfinite(update).all() and float(jnp.abs(update).max()) > 0
 

@@ -76,6 +76,7 @@ LEARNING_RATES = {
     "muon": (0.0003, 0.001, 0.003, 0.01, 0.03),
     "backmatch, decay after": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, mean field": (0.005, 0.01, 0.02, 0.05, 0.1),
+    "backmatch, measured": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, frozen": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, norms kept": (0.005, 0.01, 0.02, 0.05, 0.1),
     "backmatch, normalized": (0.02, 0.05, 0.1, 0.2, 0.5),

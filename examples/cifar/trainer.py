@@ -213,11 +213,22 @@ class Program:
         if self.experiment.augment:
             key = jax.random.fold_in(jax.random.key(seed), epoch)
             x = augment(jax.random.fold_in(key, step), x)
+
+        def outputs(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": state["batch_stats"]}
+            return self._model.apply(variables, x, train=True, mutable=["batch_stats"])[
+                0
+            ]
+
         (loss, batch_stats), gradient = loss_and_gradient(
             self._model.apply, state["params"], state["batch_stats"], x, y
         )
         updates, opt_state = self.optimizer(numbers).update(
-            gradient, state["opt_state"], state["params"], value=loss
+            gradient,
+            state["opt_state"],
+            state["params"],
+            value=loss,  # for reduce_on_plateau
+            outputs_fn=outputs,  # for measured scales
         )
         params = optax.apply_updates(state["params"], updates)
         state = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
@@ -239,18 +250,14 @@ class Program:
         return jnp.sum(logits.argmax(-1) == labels)
 
     def _watch_one(self, state: State) -> dict[str, dict[str, jax.Array]]:
-        kernels = jax.tree_util.tree_leaves_with_path(state["params"])
-        return {
-            "layer_scales": optax.tree.get(
-                state["opt_state"], "layer_scales", default={}
-            ),
-            "norms": {
-                keystr(path[:-1], simple=True, separator="/"): jnp.linalg.norm(
-                    kernel.ravel()
-                )
-                for path, kernel in kernels
-            },
+        norms = {
+            keystr(path[:-1], simple=True, separator="/"): jnp.linalg.norm(leaf.ravel())
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state["params"])
         }
+        scales: Any = optax.tree.get(state["opt_state"], "layer_scales", default={})
+        if not isinstance(scales, dict):  # measured ones, in the order of the modules
+            scales = dict(zip(norms, scales, strict=True))
+        return {"layer_scales": scales, "norms": norms}
 
 
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
