@@ -286,6 +286,10 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
         "runs_at_once": 1,
     }
     lines = []
+    other = base["protocol"] | {"batch_size": 1024}
+    sgd = dataclasses.asdict(trainer.Run("sgd", 0.1, 5e-4, 0))
+    end = {"outcome": "finished", "loss": [1.0], "accuracy": [0.5]}
+    lines.append(base | end | {"protocol": other, "run": sgd})
     for seed, accuracy in enumerate((0.6, 0.7, 0.1)):
         run_ = dataclasses.asdict(trainer.Run("sgd", 0.1, 5e-4, seed))
         outcome = "diverged in epoch 1" if seed == 2 else "finished"
@@ -299,6 +303,9 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
     report.main(["--results", str(results), "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
     assert "65.00 ± 7.07" in text and "1 of 3 diverged" in text
+    # Another protocol has tables and pictures of its own.
+    assert ", 200 epochs, batch size 1024\n" in text
+    assert len(list(tmp_path.glob("lenet_cifar10_constant_200*_curves.png"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ followed to the run that gave it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 
 from examples import methods
 from examples.cifar import records
+from examples.cifar.experiments import Experiment
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
@@ -206,7 +208,14 @@ def section(key: str, found: Sequence[Record], directory: Path) -> list[str]:
     protocol = json.loads(key)
     name = protocol.pop("experiment")
     title = f"{name}: {protocol['model']} on {protocol['dataset']}"
+    # What is not as usual tells one protocol from another, in titles and file names.
+    unusual = {
+        field.name: protocol[field.name]
+        for field in dataclasses.fields(Experiment)
+        if field.default not in (dataclasses.MISSING, protocol[field.name])
+    }
     title += f", {protocol['epochs']} epochs"
+    title += "".join(f", {k.replace('_', ' ')} {v}" for k, v in unusual.items())
     described = ", ".join(
         f"{field.replace('_', ' ')} {value}" for field, value in protocol.items()
     )
@@ -215,7 +224,8 @@ def section(key: str, found: Sequence[Record], directory: Path) -> list[str]:
         {", ".join(f"{k} {v}" for k, v in sorted(r["versions"].items())) for r in found}
     )
     stem = "_".join(
-        str(protocol[part]) for part in ("model", "dataset", "schedule", "epochs")
+        [str(protocol[part]) for part in ("model", "dataset", "schedule", "epochs")]
+        + [f"{name}_{value}" for name, value in unusual.items()]
     )
     lines = [f"## {title}", "", f"Protocol: {described}.", ""]
     final = by_numbers(found, tuning=False)
