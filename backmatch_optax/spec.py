@@ -98,6 +98,33 @@ class Link:
     Subclass it, as a frozen dataclass with `repr=False`, to add a kind of layer. Each
     rule gets a `Site` with `input_shape`, `output_shape`, `params`, `q`, and counts and
     norms in the papers' terms.
+
+    Examples:
+      >>> import dataclasses
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> @dataclasses.dataclass(frozen=True, repr=False)
+      ... class LayerScale(spec.Link):  # multiplies every feature by a learned gamma
+      ...     path: str
+      ...     roles = required_roles = ("gamma",)
+      ...
+      ...     def moments_after(self, here):
+      ...         return here.moments * here.squared_row_norm("gamma")
+      ...
+      ...     def m_W(self, here, role):
+      ...         return here.q * here.positions_out  # an entry meets every position
+      ...
+      ...     def m_z(self, here):
+      ...         return here.squared_row_norm("gamma")
+      >>> links = [LayerScale("scale"), spec.Dense("fc")]
+      >>> chain = spec.LayerChain(links, input_shape=(4,))
+      >>> gamma, kernel = jnp.full(4, 2.0), jnp.ones((4, 8))
+      >>> params = {"scale": {"gamma": gamma}, "fc": {"kernel": kernel}}
+      >>> for path, scale in bmo.layer_scales(params, chain).items():
+      ...     print(path, scale.round(4))
+      scale 0.125
+      fc 0.25
     """
 
     # The parameters it owns, by the names Flax gives them: the first decides the
