@@ -1,6 +1,7 @@
 """Settings that every test module relies on, made before JAX picks its backend."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -25,19 +26,27 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps what takes long to compile, since many tests compile the same network.
+    """Compiles in less time, which is most of what the tests take.
 
-    Programs that tests start find it too, through the environment.
+    XLA leaves out what makes programs fast, and what takes long is kept, since many
+    tests compile the same network. Programs that tests start do so too, through the
+    environment.
     """
-    if not config.pluginmanager.has_plugin("cacheprovider"):
-        return
-    assert config.cache is not None
-    directory = str(config.cache.mkdir("jax"))
+    settings: dict[str, object] = {"jax_disable_most_optimizations": True}
+    if config.pluginmanager.has_plugin("cacheprovider"):
+        assert config.cache is not None
+        settings["jax_compilation_cache_dir"] = str(config.cache.mkdir("jax"))
+        settings["jax_persistent_cache_min_compile_time_secs"] = 0.3
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
-    for name, value in (
-        ("jax_compilation_cache_dir", directory),
-        ("jax_persistent_cache_min_compile_time_secs", 0.3),
-    ):
+    for name, value in settings.items():
         jax.config.update(name, value)
         patch.setenv(name.upper(), str(value))
+
+
+@pytest.fixture
+def optimized() -> Iterator[None]:
+    """For tests of what XLA makes of a program: all that a user's XLA does to it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -30,6 +30,8 @@ import backmatch_optax as bmo
 from backmatch_optax import _moments, spec
 from examples import data, distributed, methods, models
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 DEVICES = 8
 BATCH = 352  # four steps in an epoch
 ROOT = Path(__file__).parent.parent

@@ -28,16 +28,12 @@ def test_backmatch_learns_the_digits(tmp_path):
     assert curves["backmatch"]["accuracy"][-1] >= 0.95
 
 
-def test_all_methods_share_initial_weights_and_batches(tmp_path):
+def test_methods_start_alike_and_end_in_a_table_pictures_and_results(tmp_path, capsys):
     rates = [f"{method}=0" for method in methods.METHODS]
-    curves = run(tmp_path, "--epochs", "1", "--learning-rate", *rates)
-    losses = {curve["loss"][0] for curve in curves.values()}
-    # Float tolerance: each method is a program of its own.
+    arguments = ("--epochs", "1", "--batch-size", "256", "--learning-rate", *rates)
+    losses = {curve["loss"][0] for curve in run(tmp_path, *arguments).values()}
+    # The same weights and batches; each method is a program of its own.
     np.testing.assert_allclose(list(losses), next(iter(losses)), rtol=1e-5)
-
-
-def test_compare_prints_a_table_and_saves_pictures_and_results(tmp_path, capsys):
-    run(tmp_path, "--epochs", "1", "--batch-size", "256")
     printed = capsys.readouterr().out
     for word in (*methods.METHODS, "train loss", "test accuracy", "overhead"):
         assert word in printed

@@ -627,6 +627,7 @@ def test_float32_blocks_where_float64_is_enabled():
 # --- Cost ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("optimized")
 def test_no_jacobian_is_formed():
     # A block of a ResNet on 4 images: the Jacobian would have 65536^2 entries.
     kernels = [normal(3, 3, 16, 16, seed=i) for i in range(2)]

@@ -140,6 +140,7 @@ def collectives(params: Any, chain: spec.LayerChain) -> set[str]:
     return set(re.findall(kinds, compiled.as_text() or ""))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_replicated_params_need_no_communication():
     params, mesh = random_params(CONV_SHAPES), make_mesh(AxisType.Auto)
     replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -147,6 +148,7 @@ def test_replicated_params_need_no_communication():
 
 
 @every_axis
+@pytest.mark.usefixtures("optimized")
 def test_sharded_params_are_reduced_and_never_gathered(axis):
     params = shard(random_params(CONV_SHAPES), make_mesh(AxisType.Auto), axis)
     assert collectives(params, CONV_NET) == {"all-reduce"}
