@@ -15,7 +15,7 @@ from backmatch_optax._locate import locate
 from backmatch_optax._param_paths import is_leafless, join, refuse_parts, text
 from backmatch_optax._positive import wide
 from backmatch_optax._site import Site
-from backmatch_optax._transform import scaled
+from backmatch_optax._transform import frobenius_norm, scaled
 
 
 def keep_norms(
@@ -50,7 +50,8 @@ def keep_norms(
 
     Returns:
       An optimizer with the state of `inner`. Its `update` needs `params`. Norms are
-      computed in float32 or wider; what is zero, or about to be, stays as it is.
+      computed in float32 or wider; what is zero, or about to be, or infinite, stays as
+      it is.
 
     Raises:
       ValueError: in `init`, where no kernel is right before a normalisation, where
@@ -115,8 +116,9 @@ def keep_norms(
                 return None
             dtype = wide(param.dtype)
             old, step = param.astype(dtype), update.astype(dtype)
-            before, after = _norm(old), _norm(old + step)
-            return jnp.where((before > 0) & (after > 0), before / after, 1.0)
+            before, after = frobenius_norm(old), frobenius_norm(old + step)
+            usable = (before > 0) & (after > 0) & jnp.isfinite(after)
+            return jnp.where(usable, before / after, 1.0)
 
         factors = jax.tree_util.tree_map_with_path(factor, updates, params)
 
@@ -130,11 +132,6 @@ def keep_norms(
         return updates, optax.tree.map_params(inner, scaled, state, factors)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _norm(entries: jax.Array) -> jax.Array:
-    # A reshape would gather, or refuse, a sharded kernel.
-    return jnp.sqrt(jnp.sum(jnp.square(entries)))
 
 
 def _kernels(spec: _spec.LayerChain, params: optax.Params) -> frozenset[str]:

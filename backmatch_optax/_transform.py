@@ -186,6 +186,14 @@ def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
     return (update.astype(dtype) * scale.astype(dtype)).astype(update.dtype)
 
 
+def frobenius_norm(entries: jax.Array) -> jax.Array:
+    """The root of the sum of squares, also where squares would leave the dtype."""
+    largest = jnp.max(jnp.abs(entries), initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    # All axes at once: a reshape would gather, or refuse, a sharded array.
+    return unit * jnp.sqrt(jnp.sum(jnp.square(entries / unit)))
+
+
 def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each array's gradient by `1 + log(1 + 1 / norm)`, its own norm.
 
@@ -236,11 +244,7 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
 
 
 def _scaled_by_own_norm(update: jax.Array) -> jax.Array:
-    entries = update.astype(wide(update.dtype))
-    # Squares of what is tiny or huge would leave the range of the dtype.
-    largest = jnp.max(jnp.abs(entries), initial=0)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    norm = unit * jnp.sqrt(jnp.sum(jnp.square(entries / unit)))
+    norm = frobenius_norm(update.astype(wide(update.dtype)))
     # log(1 + 1 / norm), written so that a tiny norm does not overflow.
     logarithm = jnp.where(
         norm > 1, jnp.log1p(1 / norm), jnp.log1p(norm) - jnp.log(norm)

@@ -197,6 +197,25 @@ def test_it_is_an_ordinary_transformation():
     chex.assert_tree_all_finite(updates)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
+def test_tiny_and_huge_kernels_keep_their_norm(size):
+    kernels = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    params = {f"fc{i}": {"kernel": size * kernels[i - 1]} for i in (1, 2)}
+    normed = spec.LayerChain(
+        [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")], input_shape=(4,)
+    )
+    tx = bmo.keep_norms(optax.sgd(1.0), normed)
+    updates: Any = tx.update(params, tx.init(params), params)[0]
+    # Nothing is left of a kernel that the step takes to zero; else it keeps its norm.
+    np.testing.assert_allclose(updates["fc1"]["kernel"], -params["fc1"]["kernel"])
+    half = jax.tree.map(lambda p: np.float32(0.5) * np.flip(p), params)
+    updates = tx.update(half, tx.init(params), params)[0]
+    after = params["fc1"]["kernel"] + updates["fc1"]["kernel"]
+    assert not np.allclose(after, params["fc1"]["kernel"], atol=0)
+    norms = [np.linalg.norm(np.float64(k)) for k in (after, params["fc1"]["kernel"])]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
+
+
 def test_what_cannot_work_is_refused():
     params = {f"fc{i}": {"kernel": jnp.ones((4, 4))} for i in (1, 2)}
     plain = spec.LayerChain([spec.Dense("fc1"), spec.Dense("fc2")], input_shape=(4,))
