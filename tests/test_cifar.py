@@ -303,6 +303,8 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
     report.main(["--results", str(results), "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
     assert "65.00 ± 7.07" in text and "1 of 3 diverged" in text
+    six = {"outcome": "finished", "accuracy": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}
+    np.testing.assert_allclose(report.over_last_third([six]), [0.9])
     # Another protocol has tables and pictures of its own.
     assert ", 200 epochs, batch size 1024\n" in text
     assert len(list(tmp_path.glob("lenet_cifar10_constant_200*_curves.png"))) == 2
