@@ -290,6 +290,7 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
     sgd = dataclasses.asdict(trainer.Run("sgd", 0.1, 5e-4, 0))
     end = {"outcome": "finished", "loss": [1.0], "accuracy": [0.5]}
     lines.append(base | end | {"protocol": other, "run": sgd})
+    lines.append(base | end | {"run": sgd | {"weight_decay": 0.0}})
     for seed, accuracy in enumerate((0.6, 0.7, 0.1)):
         run_ = dataclasses.asdict(trainer.Run("sgd", 0.1, 5e-4, seed))
         outcome = "diverged in epoch 1" if seed == 2 else "finished"

@@ -147,33 +147,52 @@ def tuning_table(results: Results) -> list[str]:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Training loss and test accuracy against epochs, a row for each weight decay."""
-    decays = sorted({decay for _, _, decay in results})
+    """Training loss and test accuracy against epochs.
+
+    A row for each weight decay; one for all where every method has its own best alone.
+    """
+    decays: dict[str, set[float]] = defaultdict(set)
+    for method, _, decay in results:
+        decays[method].add(decay)
+    every = set().union(*decays.values())
+    apart = any(len(of_method) > 1 for of_method in decays.values())
+    rows = [{decay} for decay in sorted(every)] if apart else [every]
     figure, axes = plt.subplots(
-        len(decays),
+        len(rows),
         2,
-        figsize=(9, 3.2 * len(decays)),
+        figsize=(9 if apart else 12, 3.2 * len(rows)),
         layout="constrained",
         squeeze=False,
     )
-    for (left, right), decay in zip(axes, decays, strict=True):
-        for (method, rate, other), runs in results.items():
+    for (left, right), shown in zip(axes, rows, strict=True):
+        drawn: dict[str, int] = defaultdict(int)
+        for (method, rate, decay), runs in results.items():
             kept = [record for record in runs if not diverged(record)]
-            if other != decay or not kept:
+            if decay not in shown or not kept:
                 continue
+            style = ("-", "--", ":")[drawn[method] % 3]  # of its several rates
+            drawn[method] += 1
+            label = f"{method}, rate {rate:g}" + ("" if apart else f", decay {decay:g}")
             for axis, name, factor in ((left, "loss", 1), (right, "accuracy", 100)):
                 epochs = min(len(record[name]) for record in kept)
                 curves = factor * np.array([record[name][:epochs] for record in kept])
                 colour = _COLOURS[method]
                 mean, x = curves.mean(0), np.arange(1, epochs + 1)
-                axis.plot(x, mean, color=colour, label=f"{method}, rate {rate:g}")
+                axis.plot(x, mean, style, color=colour, label=label)
                 axis.fill_between(
                     x, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0
                 )
         left.set(xlabel="epoch", ylabel="training loss", yscale="log")
         right.set(xlabel="epoch", ylabel="test accuracy (%)")
-        left.set_title(f"weight decay {decay:g}", loc="left")
-        right.legend(fontsize="small")
+        for axis in (left, right):
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        if apart:
+            left.set_title(f"weight decay {next(iter(shown)):g}", loc="left")
+        if apart:
+            right.legend(fontsize="small")
+        else:
+            handles, labels = right.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
