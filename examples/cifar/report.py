@@ -244,7 +244,7 @@ def section(key: str, found: Sequence[Record], directory: Path) -> list[str]:
         for field in dataclasses.fields(Experiment)
         if field.default not in (dataclasses.MISSING, protocol[field.name])
     }
-    title += f", {protocol['epochs']} epochs"
+    title += f", {protocol['schedule']} schedule, {protocol['epochs']} epochs"
     title += "".join(f", {k.replace('_', ' ')} {v}" for k, v in unusual.items())
     described = ", ".join(
         f"{field.replace('_', ' ')} {value}" for field, value in protocol.items()
