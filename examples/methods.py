@@ -40,8 +40,8 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer by its name, with decay before everything else as in BM 3.2.
 
-    "backmatch, measured" needs `outputs_fn` with each update.
     Where a method defines where its decay goes (LARS, AdamW, Muon), it goes there.
+    "backmatch, measured" needs `outputs_fn` with each update.
     """
     decay = optax.add_decayed_weights(weight_decay)
     sgd = optax.sgd(learning_rate, momentum=momentum, nesterov=True)

@@ -21,6 +21,7 @@ import matplotlib
 
 import backmatch_optax as bmo
 from examples import data, models
+from examples.training import train_logits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,10 +46,8 @@ def compare(declared: models.Declared, images: jax.Array) -> dict[str, Any]:
     )
 
     def outputs(params, images):
-        stats = {"batch_stats": variables["batch_stats"]}
-        return model.apply(
-            {"params": params, **stats}, images, train=True, mutable=["batch_stats"]
-        )[0]
+        stats = variables["batch_stats"]
+        return train_logits(model.apply, params, stats, images)[0]
 
     return {
         gains: bmo.compare_scales(

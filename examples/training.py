@@ -45,6 +45,15 @@ def create_states(
     }
 
 
+def train_logits(
+    apply_fn: Callable[..., Any], params: Any, batch_stats: Any, images: jax.Array
+) -> tuple[Any, Any]:
+    """`logits, new batch_stats` of a batch, as `loss_and_gradient` takes them."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits, mutated = apply_fn(variables, images, train=True, mutable=["batch_stats"])
+    return logits, mutated.get("batch_stats", {})
+
+
 def loss_and_gradient(
     apply_fn: Callable[..., Any],
     params: Any,
@@ -63,12 +72,9 @@ def loss_and_gradient(
     """
 
     def loss_fn(params):
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits, mutated = apply_fn(
-            variables, images, train=True, mutable=["batch_stats"]
-        )
+        logits, stats = train_logits(apply_fn, params, batch_stats, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), mutated.get("batch_stats", {})
+        return losses.mean(), stats
 
     return jax.value_and_grad(loss_fn, has_aux=True)(params)
 

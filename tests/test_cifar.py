@@ -136,6 +136,7 @@ def test_methods_share_initial_weights_and_batches():
     assert (orders[0] != orders[1]).any()  # another seed, another order
 
 
+@pytest.mark.usefixtures("optimized")  # without, the two round differently
 def test_runs_together_are_the_runs_alone(tmp_path):
     together = ("--methods", "backmatch", "--learning-rate", "0.05", "--epochs", "1")
     _, grouped = run(tmp_path / "a", *together, "--seeds", "0", "1", "--group", "2")
@@ -143,8 +144,7 @@ def test_runs_together_are_the_runs_alone(tmp_path):
     assert [record["runs_at_once"] for record in grouped] == [2, 2]
     for one, other in zip(grouped, alone, strict=True):
         assert one["run"] == other["run"]
-        # Enlarged digits tie in max-pooling, and rounding decides; seeds differ by 6 %.
-        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-2)
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-3)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
@@ -165,7 +165,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (directory / "runs.jsonl").exists()
-    resumed = one_run(directory, "backmatch", "--epochs", "15")
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    (resumed,) = records.load(directory / "runs.jsonl")
     for name in ("loss", "accuracy", "norms", "layer_scales"):
         assert resumed[name] == whole[name]
 

@@ -38,7 +38,7 @@ def test_the_program_prints_best_rates_and_saves_the_curves(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(transfer, "LEARNING_RATES", (0.01, 0.1))
-    panels = {"width": transfer.PANELS["width"][:1]}
+    panels = {"width": transfer.PANELS["width"][:2]}
     monkeypatch.setattr(transfer, "PANELS", panels)
     found = transfer.main(
         ["--steps", "5", "--seeds", "1", "--output-dir", str(tmp_path)]

@@ -188,7 +188,6 @@ def plot_curves(results: Results, path: Path) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
         if apart:
             left.set_title(f"weight decay {next(iter(shown)):g}", loc="left")
-        if apart:
             right.legend(fontsize="small")
         else:
             handles, labels = right.get_legend_handles_labels()
@@ -222,12 +221,17 @@ def plot_norms(results: Results, path: Path) -> bool:
                     linestyle=_LINES[method],
                     label=layer if runs is first else None,
                 )
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(xlabel="epoch", yscale="log", title=f"weight decay {decay:g}")
     axes[0, 0].set_ylabel("Frobenius norm of the kernel")
     drawn = {method for method, *_ in shown}
     kinds = {"-": "line", ":": "dots", "--": "dashes"}
     listed = [f"{kinds[_LINES[method]]}: {method}" for method in sorted(drawn)]
-    axes[0, 0].legend(title="\n".join(listed), fontsize="small", title_fontsize="small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, title="\n".join(listed), loc="outside right upper",
+        fontsize="small", title_fontsize="small",
+    )  # fmt: skip
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
@@ -255,7 +259,7 @@ def section(key: str, found: Sequence[Record], directory: Path) -> list[str]:
     )
     stem = "_".join(
         [str(protocol[part]) for part in ("model", "dataset", "schedule", "epochs")]
-        + [f"{name}_{value}" for name, value in unusual.items()]
+        + [f"{field}_{value}" for field, value in unusual.items()]
     )
     lines = [f"## {title}", "", f"Protocol: {described}.", ""]
     final = by_numbers(found, tuning=False)

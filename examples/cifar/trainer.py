@@ -27,7 +27,7 @@ from tqdm import tqdm
 from examples import data, methods, models
 from examples.cifar import cpu
 from examples.cifar.experiments import Experiment
-from examples.training import loss_and_gradient
+from examples.training import loss_and_gradient, train_logits
 
 State = dict[str, Any]
 _EVAL_BATCH = 1000
@@ -215,10 +215,7 @@ class Program:
             x = augment(jax.random.fold_in(key, step), x)
 
         def outputs(params: Any) -> Any:
-            variables = {"params": params, "batch_stats": state["batch_stats"]}
-            return self._model.apply(variables, x, train=True, mutable=["batch_stats"])[
-                0
-            ]
+            return train_logits(self._model.apply, params, state["batch_stats"], x)[0]
 
         (loss, batch_stats), gradient = loss_and_gradient(
             self._model.apply, state["params"], state["batch_stats"], x, y
