@@ -18,7 +18,12 @@ import pytest
 from examples import data, methods, models
 from examples.cifar import __main__ as cli
 from examples.cifar import cpu, records, report, trainer
-from examples.cifar.experiments import EXPERIMENTS, LEARNING_RATES, WEIGHT_DECAYS
+from examples.cifar.experiments import (
+    EXPERIMENTS,
+    LEARNING_RATES,
+    WEIGHT_DECAYS,
+    learning_rates,
+)
 
 # Small enough that a run is mostly its compilation.
 SMALL = ("--experiment", "lenet_fig2", "--dataset", "digits", "--train-images", "256")
@@ -227,6 +232,17 @@ def test_a_table_tunes_on_held_out_images_then_runs_the_best(tmp_path, monkeypat
     assert (len(tuning[0]["loss"]), len(final[0]["loss"])) == (1, 2)
 
 
+def test_a_table_is_trained_entry_by_entry(tmp_path):
+    table = ("--model", "vgg11", "vgg13", "--width", "0.05", "--epochs", "1")
+    grid = ("--methods", "sgd", "--learning-rates", "0.01", "--weight-decays", "0")
+    done, found = run(tmp_path, *table, *grid, "--tune")
+    assert done
+    assert [r["protocol"]["model"] for r in found] == ["vgg11", "vgg13"]
+    assert {r["run"]["learning_rate"] for r in found} == {0.01}
+    for record in found:  # a kernel of 64 features has a norm of 8 at first
+        assert record["norms"]["Conv_0"][0] < 4
+
+
 def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
     # At a rate of zero only BatchNorm's averages move, and settle.
     arguments = ("--epochs", "40", "--patience", "2")
@@ -242,6 +258,9 @@ def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
 def test_every_method_has_a_grid_of_the_same_size():
     assert set(LEARNING_RATES) == set(WEIGHT_DECAYS) == set(methods.ALL)
     assert {len(rates) for rates in LEARNING_RATES.values()} == {5}
+    for dataset in data.DATASETS:
+        vgg = dataclasses.replace(EXPERIMENTS["vgg_tables"], dataset=dataset)
+        assert {len(learning_rates(m, vgg)) for m in methods.ALL} == {5}
     assert {len(decays) for decays in WEIGHT_DECAYS.values()} == {3}
 
 
@@ -318,6 +337,7 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
         (["--experiment", "lenet"], "invalid choice: 'lenet'"),
         (["--experiment", "lenet_fig2", "--epochs", "0"], "--epochs must be at least"),
         (["--experiment", "lenet_fig2", "--methods", "adam"], "invalid choice"),
+        (["--experiment", "lenet_fig2", "--width", "0.5"], "lenet has no width"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message, capsys):

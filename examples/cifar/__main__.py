@@ -1,24 +1,26 @@
 """Runs the papers' experiments: one run, a tuning grid, or a whole table.
 
     python -m examples.cifar --experiment lenet_fig2 --methods backmatch --seeds 0
-    python -m examples.cifar --experiment lenet_fig2 --tune
-    python -m examples.cifar --experiment vgg_tables --model vgg16 --time-limit 3500
+    python -m examples.cifar --experiment lenet_fig2 --tune --time-limit 3500
+    python -m examples.cifar --experiment vgg_tables --model vgg11 vgg13 vgg16 vgg19
     python -m examples.cifar.report
 
-Without a learning rate, each method takes the one that its tuning runs found best at
-the same weight decay; runs of the tuning grid that are missing come first. Every run is
-added to the results file, and what is there already is not run again: after a kill or
-at the end of its time, the same command goes on where it stopped.
+Several models or data sets are the entries of a table, one after the other. Without a
+learning rate, each method takes the one that its tuning runs found best at the same
+weight decay; runs of the tuning grid that are missing come first. Every run is added to
+the results file, and what is there already is not run again: after a kill or at the end
+of its time, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -31,6 +33,7 @@ from examples.cifar.experiments import (
     LEARNING_RATES,
     WEIGHT_DECAYS,
     Experiment,
+    learning_rates,
 )
 from examples.cifar.trainer import OutOfTime, Run, train
 
@@ -62,6 +65,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="one run for each; default: the best of the tuning grid",
     )
     add("--learning-rate", type=float, help="for all methods, instead of tuning")
+    add(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        help="the tuning grid's, for all methods; default: each method's own five",
+    )
     add("--tune", action="store_true", help="the tuning grid alone")
     add("--tuning-epochs", type=int, help="default: as many as the experiment has")
     for field in dataclasses.fields(Experiment):
@@ -81,6 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                 f"--{field.name.replace('_', '-')}",
                 type=kind,
                 choices=known,
+                nargs="+" if field.name in ("dataset", "model") else None,
                 help="instead of the experiment's",
             )
     add("--group", type=int, help="runs in one program; default: 1 on CPU, all on GPU")
@@ -94,17 +104,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="where checkpoints of unfinished runs go, and logs as CSV",
     )
     options = parser.parse_args(arguments)
-    options.protocol = dataclasses.replace(
-        EXPERIMENTS[options.experiment],
-        **{
-            field.name: value
-            for field in dataclasses.fields(Experiment)
-            if (value := getattr(options, field.name)) is not None
-        },
-    )
+    experiment = EXPERIMENTS[options.experiment]
+    changed = {
+        field.name: value
+        for field in dataclasses.fields(Experiment)
+        if (value := getattr(options, field.name)) is not None
+    }
     for name in ("epochs", "batch_size"):
-        if getattr(options.protocol, name) < 1:
+        if changed.get(name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    options.protocols = [
+        dataclasses.replace(
+            experiment, **changed | {"dataset": dataset, "model": model}
+        )
+        for dataset in options.dataset or [experiment.dataset]
+        for model in options.model or [experiment.model]
+    ]
+    for protocol in options.protocols:
+        if protocol.width != 1 and not protocol.model.startswith("vgg"):
+            parser.error(f"--width is for VGGs; {protocol.model} has no width")
     return options
 
 
@@ -113,7 +131,7 @@ class Runner:
 
     def __init__(self, options: argparse.Namespace):
         self._options = options
-        self._dataset = data.load(options.protocol.dataset, options.data_dir)
+        self._dataset = functools.cache(lambda name: data.load(name, options.data_dir))
         self._deadline = time.monotonic() + (options.time_limit or float("inf"))
 
     def accuracies(self, experiment: Experiment, runs: Sequence[Run]) -> list[float]:
@@ -150,7 +168,7 @@ class Runner:
         history = train(
             experiment,
             runs,
-            self._dataset,
+            self._dataset(experiment.dataset),
             directory,
             deadline=self._deadline,
             on_epoch=lambda epochs, history: records.write_log(
@@ -170,40 +188,38 @@ class Runner:
             )
 
 
-def grid(method: str, decays: Sequence[float] | None) -> Iterator[tuple[float, float]]:
-    """The candidates of a method, each a learning rate and a weight decay."""
-    yield from itertools.product(
-        LEARNING_RATES[method], decays or WEIGHT_DECAYS[method]
-    )
+def run_method(
+    runner: Runner, protocol: Experiment, method: str, options: argparse.Namespace
+) -> None:
+    """The tuning of one method, then the best of it with every seed."""
+    if options.learning_rate is not None:
+        decays = options.weight_decays or [0.0]
+        chosen = [(options.learning_rate, decay) for decay in decays]
+    else:
+        short = dataclasses.replace(
+            protocol, epochs=options.tuning_epochs or protocol.epochs
+        )
+        rates = options.learning_rates or learning_rates(method, protocol)
+        decays = options.weight_decays or WEIGHT_DECAYS[method]
+        candidates = list(itertools.product(rates, decays))
+        held_out = runner.accuracies(
+            short, [Run(method, *c, TUNING_SEED, tuning=True) for c in candidates]
+        )
+        scores = dict(zip(candidates, held_out, strict=True))
+        chosen = best(scores, each_decay=bool(options.weight_decays))
+    if not options.tune:
+        runner.accuracies(
+            protocol, [Run(method, *c, seed) for c in chosen for seed in options.seeds]
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Does what is missing; returns whether all of it is done."""
     options = parse(arguments)
     runner = Runner(options)
-    short = dataclasses.replace(
-        options.protocol, epochs=options.tuning_epochs or options.protocol.epochs
-    )
     try:
-        for method in options.methods:
-            if options.learning_rate is not None:
-                chosen = [
-                    (options.learning_rate, decay)
-                    for decay in options.weight_decays or (0.0,)
-                ]
-            else:
-                candidates = list(grid(method, options.weight_decays))
-                held_out = runner.accuracies(
-                    short,
-                    [Run(method, *c, TUNING_SEED, tuning=True) for c in candidates],
-                )
-                scores = dict(zip(candidates, held_out, strict=True))
-                chosen = best(scores, each_decay=bool(options.weight_decays))
-            if not options.tune:
-                runner.accuracies(
-                    options.protocol,
-                    [Run(method, *c, seed) for c in chosen for seed in options.seeds],
-                )
+        for protocol, method in itertools.product(options.protocols, options.methods):
+            run_method(runner, protocol, method, options)
     except OutOfTime:
         print("Out of time. The same command goes on from here.")
         return False

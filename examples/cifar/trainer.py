@@ -110,6 +110,8 @@ class Program:
         on_cpu = jax.default_backend() == "cpu"
         if on_cpu and experiment.model == "lenet":
             model = model.clone(conv=cpu.conv_in_blocks, max_pool=cpu.max_pool)
+        if experiment.width != 1:
+            model = model.clone(width=experiment.width)
         self._model = model.clone(dtype=experiment.dtype)
         self._train = jax.device_put((dataset.train_images, dataset.train_labels))
         self._test = jax.device_put((dataset.test_images, dataset.test_labels))
