@@ -42,6 +42,7 @@ from backmatch_optax._windows import (
     canonical_padding,
     canonical_window,
     output_sizes,
+    per_dimension,
     taps_inside,
     transposed_sizes,
 )
@@ -198,6 +199,29 @@ class Link:
             object.__setattr__(self, name, value)
 
 
+class _Windowed(Link):
+    """What links with a window share: arguments that may have an entry a dimension."""
+
+    _in_full: Mapping[str, Sequence[Any]]
+
+    def _canonical_entries(self, **arguments: Any) -> None:
+        """As `_canonical`; remembers how many entries the user wrote.
+
+        Equal entries become one, and how many dimensions there are is not known yet.
+        """
+        written = {name: getattr(self, name) for name in arguments}
+        in_full = {
+            name: tuple(value)
+            for name, value in written.items()
+            if isinstance(value, Sequence) and not isinstance(value, str)
+        }
+        self._canonical(**arguments, _in_full=in_full)
+
+    def _check_entries(self, input_shape: Shape) -> None:
+        for name, value in self._in_full.items():
+            per_dimension(name, value, len(input_shape) - 1)
+
+
 class _Linear(Link):
     """What all linear layers share: kernel and bias, applied at every position."""
 
@@ -275,7 +299,7 @@ class Dense(_Linear):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Conv(_Linear):
+class Conv(_Windowed, _Linear):
     """A convolution over 1, 2 or 3 dimensions, `flax.linen.Conv` or `flax.nnx.Conv`.
 
     Its kernel's shape is read from the parameters. Padded positions count like others,
@@ -312,11 +336,11 @@ class Conv(_Linear):
             raise ValueError(
                 f"feature_group_count (={groups!r}) must be a positive int"
             )
-        self._canonical(
+        self._canonical(feature_group_count=groups)
+        self._canonical_entries(
             strides=canonical_counts("strides", self.strides),
             padding=canonical_padding(self.padding, ("VALID", *SIZE_KEEPING)),
             kernel_dilation=canonical_counts("kernel_dilation", self.kernel_dilation),
-            feature_group_count=groups,
         )
 
     def shape_after(
@@ -325,6 +349,7 @@ class Conv(_Linear):
         """Positions by Flax's padding rules, the kernel's output features."""
         kernel = param_shapes["kernel"]
         _check_conv_kernel(kernel, input_shape)
+        self._check_entries(input_shape)
         groups = self.feature_group_count
         _check_features("kernel", kernel, kernel[-2] * groups, input_shape)
         if kernel[-1] % groups:
@@ -368,7 +393,7 @@ class Conv(_Linear):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class ConvTranspose(_Linear):
+class ConvTranspose(_Windowed, _Linear):
     """A transposed convolution, `flax.linen.ConvTranspose` or `flax.nnx.ConvTranspose`.
 
     Args:
@@ -396,7 +421,7 @@ class ConvTranspose(_Linear):
     def validate(self) -> None:
         _check_path(self.path)
         strides = self.strides
-        self._canonical(
+        self._canonical_entries(
             strides=None if strides is None else canonical_counts("strides", strides),
             padding=canonical_padding(self.padding, ("VALID", "SAME", "CIRCULAR")),
             kernel_dilation=canonical_counts("kernel_dilation", self.kernel_dilation),
@@ -408,6 +433,7 @@ class ConvTranspose(_Linear):
         """Positions by Flax's padding rules, the kernel's output features."""
         kernel = param_shapes["kernel"]
         _check_conv_kernel(kernel, input_shape)
+        self._check_entries(input_shape)
         _check_features("kernel", kernel, kernel[-2], input_shape)
         _check_vector("bias", param_shapes, kernel[-1])
         sizes = transposed_sizes(
@@ -622,7 +648,7 @@ class Activation(Link):
         return after_activation(self.name, here.moments)[1]
 
 
-class _Pool(Link):
+class _Pool(_Windowed):
     """What MaxPool and AvgPool share: a window that slides over the positions."""
 
     window_shape: Sequence[int]
@@ -631,7 +657,7 @@ class _Pool(Link):
 
     def validate(self) -> None:
         strides = self.strides
-        self._canonical(
+        self._canonical_entries(
             window_shape=canonical_window("window_shape", self.window_shape),
             strides=None if strides is None else canonical_counts("strides", strides),
             padding=canonical_padding(self.padding, ("VALID", "SAME", "SAME_LOWER")),
@@ -647,6 +673,7 @@ class _Pool(Link):
                 f"window_shape (={self.window_shape}) has {len(self.window_shape)} "
                 f"dimensions, but its input has {len(input_shape) - 1} spatial ones"
             )
+        self._check_entries(input_shape)
         sizes = output_sizes(
             input_shape[:-1],
             self.window_shape,

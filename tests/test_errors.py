@@ -405,6 +405,26 @@ PLACEMENT: dict[str, Callable[[], Declared]] = {
         CONV,
         r"'conv'.* padding .* has 3 entries, but there are 2 spatial dimensions",
     ),
+    "equal strides of too many dimensions": lambda: (
+        image_chain(spec.Conv("conv", strides=(2, 2, 2))),
+        CONV,
+        r"'conv'.* strides \(=\(2, 2, 2\)\) has 3 entries, but there are 2 spatial",
+    ),
+    "equal paddings of too many dimensions": lambda: (
+        image_chain(spec.Conv("conv", padding=[(1, 1), (1, 1), (1, 1)])),
+        CONV,
+        r"'conv'.* padding .* has 3 entries, but there are 2 spatial dimensions",
+    ),
+    "one dilation for two dimensions": lambda: (
+        image_chain(spec.ConvTranspose("conv", kernel_dilation=(2,))),
+        CONV,
+        r"'conv'.* kernel_dilation \(=\(2,\)\) has 1 entries, but there are 2 spatial",
+    ),
+    "equal strides of too many dimensions, pooled": lambda: (
+        image_chain(spec.AvgPool((2, 2), strides=(2, 2, 2))),
+        {},
+        r"layers\[0\], spec.AvgPool.* strides .* has 3 entries, but there are 2",
+    ),
     "causal padding of an image": lambda: (
         image_chain(spec.Conv("conv", padding="CAUSAL")),
         CONV,
