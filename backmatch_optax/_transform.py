@@ -28,6 +28,17 @@ class ScaleByBackmatchState(NamedTuple):
     All ones before the first step.
 
     `optax.tree.get(opt_state, "layer_scales")` finds them anywhere in a chain.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> links = [spec.Dense("fc1"), spec.Activation("relu"), spec.Dense("fc2")]
+      >>> tx = bmo.scale_by_backmatch(spec.LayerChain(links, input_shape=(8,)))
+      >>> params = {"fc1": {"kernel": jnp.eye(8)}, "fc2": {"kernel": 2 * jnp.eye(8)}}
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> {path: float(scale) for path, scale in state.layer_scales.items()}
+      {'fc1': 0.25, 'fc2': 1.0}
     """
 
     layer_scales: dict[str, jax.Array]  # by path; shape=(), dtype=jnp.float32
