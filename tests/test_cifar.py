@@ -243,6 +243,20 @@ def test_a_table_is_trained_entry_by_entry(tmp_path):
         assert record["norms"]["Conv_0"][0] < 4
 
 
+def test_a_gpu_trains_the_same_a_grid_at_once_and_whole_epochs(tmp_path, monkeypatch):
+    table = ["--tune", "--methods", "backmatch", "--weight-decays", "0"]
+    table += ["--learning-rates", "0.001", "0.002"]
+    table += ["--epochs", "1", "--batch-size", "64", "--augment"]
+    _, one_by_one = run(tmp_path / "cpu", *table)
+    # The same program as on a GPU, run by the CPU.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    _, at_once = run(tmp_path / "gpu", *table)
+    assert [record["runs_at_once"] for record in at_once] == [2, 2]
+    for ours, theirs in zip(at_once, one_by_one, strict=True):
+        assert ours["run"] == theirs["run"]
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-3)
+
+
 def test_early_stopping_ends_a_run_that_does_not_improve(tmp_path):
     # At a rate of zero only BatchNorm's averages move, and settle.
     arguments = ("--epochs", "40", "--patience", "2")
