@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ import sklearn.model_selection
 
 DATASETS = ("digits", "cifar10", "cifar100", "fashion_mnist")
 
+_SPLITS = ("train", "test")
 _BATCH = 1000  # images decoded at once: twice as fast as one by one
 
 
@@ -61,7 +62,8 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
     Args:
       name: one of `DATASETS`. `digits` comes with scikit-learn and needs no network.
       data_dir: where tensorflow-datasets keeps its data; None for the environment
-        variable TFDS_DATA_DIR, or TFDS's own default.
+        variable TFDS_DATA_DIR, or TFDS's own default. Read once: afterwards the arrays
+        are in `~/.cache/backmatch_optax` (or below XDG_CACHE_HOME).
 
     Raises:
       SystemExit: where the data set is not on this machine, with how to get it.
@@ -85,10 +87,23 @@ def _digits() -> Dataset:
 
 
 def _tfds(name: str, data_dir: str | None) -> Dataset:
-    # Imported here: it takes seconds, and the digits need none of it.
+    """Decoded once, then kept as arrays in a cache beside other caches."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    cache = root / "backmatch_optax" / name
+    if not all((cache / f"{split}.npz").exists() for split in _SPLITS):
+        _decode(name, data_dir, cache)
+    arrays = []
+    for split in _SPLITS:
+        with np.load(cache / f"{split}.npz") as file:
+            arrays += [file["images"], file["labels"]]
+    return _dataset(name, *arrays, num_classes=len(np.unique(arrays[1])))
+
+
+def _decode(name: str, data_dir: str | None, cache: Path) -> None:
+    # Imported here: it takes seconds, and only the first reading needs it.
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=data_dir)
+    builder: Any = tfds.builder(name, data_dir=data_dir)
     if not builder.is_prepared():
         raise SystemExit(
             f"{name} is not in {builder.data_dir}. With a network, and TensorFlow "
@@ -98,10 +113,22 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
             ".download_and_prepare(file_format='array_record')\"\n"
             "If it lies elsewhere, pass --data-dir or set TFDS_DATA_DIR."
         )
-    splits = [_read(builder, split) for split in ("train", "test")]
-    (train_x, train_y), (test_x, test_y) = splits
-    classes = len(np.unique(train_y))
-    return _dataset(name, train_x, train_y, test_x, test_y, classes)
+    cache.mkdir(parents=True, exist_ok=True)
+    for split in _SPLITS:
+        source = builder.as_data_source(split=split)
+        examples = [
+            example
+            for start in range(0, len(source), _BATCH)
+            for example in source.__getitems__(
+                range(start, min(start + _BATCH, len(source)))
+            )
+        ]
+        images = np.stack([example["image"] for example in examples])
+        labels = np.asarray([example["label"] for example in examples], np.int32)
+        partial = cache / f"{split}.{os.getpid()}.npz"
+        np.savez(partial, images=images, labels=labels)
+        # Whole or not at all, also with several runs at once.
+        partial.rename(cache / f"{split}.npz")
 
 
 def _dataset(
@@ -128,27 +155,3 @@ def _dataset(
         mean.astype(np.float32),
         std.astype(np.float32),
     )
-
-
-def _read(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """One split as arrays; decoded once, then kept in a cache beside other caches."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    cache = root / "backmatch_optax" / f"{builder.info.full_name}/{split}.npz"
-    if cache.exists():
-        with np.load(cache) as arrays:
-            return arrays["images"], arrays["labels"]
-    source = builder.as_data_source(split=split)
-    examples = [
-        example
-        for start in range(0, len(source), _BATCH)
-        for example in source.__getitems__(
-            range(start, min(start + _BATCH, len(source)))
-        )
-    ]
-    images = np.stack([example["image"] for example in examples])
-    labels = np.asarray([example["label"] for example in examples], np.int32)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(f".{os.getpid()}.npz")
-    np.savez(partial, images=images, labels=labels)
-    partial.rename(cache)  # whole or not at all, also with several runs at once
-    return images, labels

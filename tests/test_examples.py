@@ -1,6 +1,7 @@
 """The examples, run as a user runs them."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +81,23 @@ def test_bad_arguments_are_explained(arguments, message, capsys, tmp_path):
     assert message in capsys.readouterr().err + str(error.value)
 
 
-def test_an_absent_data_set_says_how_to_get_it(tmp_path):
+def test_an_absent_data_set_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match="download_and_prepare"):
         data.load("cifar10", str(tmp_path))
+
+
+def test_a_data_set_that_was_read_before_needs_no_tfds(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    cache = tmp_path / "backmatch_optax" / "cifar10"
+    cache.mkdir(parents=True)
+    images, labels = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20, dtype="int32")
+    for split, count in (("train", 20), ("test", 5)):
+        np.savez(cache / f"{split}.npz", images=images[:count], labels=labels[:count])
+    dataset = data.load("cifar10")
+    assert (len(dataset.train_images), len(dataset.test_images)) == (20, 5)
+    assert dataset.num_classes == 20
 
 
 def test_images_are_standardised_by_the_training_set():
