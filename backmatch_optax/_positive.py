@@ -34,14 +34,15 @@ class Atom:
 
     An exact zero (a zero-initialised kernel) is an infinitesimal of order 1 with
     coefficient 1. Products and quotients of zeros then stay finite, and a sum ignores
-    the terms of higher order, as it should.
+    the terms of higher order, as it should. Only norms are held above a floor.
     """
 
-    __slots__ = ("log", "order")
+    __slots__ = ("is_norm", "log", "order")
 
-    def __init__(self, log: jax.Array, order: jax.Array):
+    def __init__(self, log: jax.Array, order: jax.Array, *, is_norm: bool):
         self.log = log
         self.order = order
+        self.is_norm = is_norm
 
 
 class Positive:
@@ -108,7 +109,11 @@ class Positive:
         )
         hidden = jnp.isnan(left_log) | jnp.isnan(right_log)  # a NaN must not be
         log = jnp.where(hidden, jnp.nan, log)
-        total = Atom(log, jnp.minimum(left_order, right_order))
+        total = Atom(
+            log,
+            jnp.minimum(left_order, right_order),
+            is_norm=all(atom.is_norm for atom in (*left.powers, *right.powers)),
+        )
         return shared * Positive(0.0, {total: 1})
 
 
@@ -123,13 +128,13 @@ def number(value: float) -> Positive:
     return Positive(math.log(value))
 
 
-def measured(value: jax.Array) -> Positive:
-    """A non-negative scalar array of float32 or wider.
+def measured(value: jax.Array, *, is_norm: bool = False) -> Positive:
+    """A non-negative scalar array of float32 or wider; of a parameter the squared norm.
 
     Zero counts as an infinitesimal whose coefficient is one; what has overflowed counts
     as the largest finite number; NaN stays NaN, and a negative number becomes one.
     """
-    return Positive(0.0, {Atom(*_log_and_order(value)): 1})
+    return Positive(0.0, {Atom(*_log_and_order(value), is_norm=is_norm): 1})
 
 
 # Called for every layer, so compiled: its operations are traced once, not each time.
@@ -157,7 +162,7 @@ def evaluate(
     """The numbers as finite scalars of `dtype`, within its normal range.
 
     Of an infinitesimal or its reciprocal the coefficient is returned (see `Atom`). A
-    measured number below `floor` counts as `floor` where it is divided by.
+    norm below `floor` counts as `floor` where it is divided by.
     """
     if sum(len(value.powers) for value in values) <= _MAX_TERMS_EACH * len(values):
         raised = functools.cache(lambda atom: _raised(atom, floor).astype(dtype))
@@ -209,8 +214,8 @@ def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
 
 
 def _raised(atom: Atom, floor: jax.typing.ArrayLike | None) -> jax.Array:
-    """The log of an atom, no less than that of the floor."""
-    if floor is None:
+    """The log of an atom, of a norm no less than that of the floor."""
+    if floor is None or not atom.is_norm:
         return atom.log
     lowest = jnp.log(jnp.asarray(floor, atom.log.dtype))  # -inf where there is none
     zero = jnp.where(lowest > -jnp.inf, lowest, 0)

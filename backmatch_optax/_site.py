@@ -83,7 +83,8 @@ class Site:
         atom, so that norms cancel.
         """
         if role not in self._row_norms:
-            self._row_norms[role] = measured(_mean_over_last(self.params[role]))
+            mean = _mean_over_last(self.params[role])
+            self._row_norms[role] = measured(mean, is_norm=True)
         return self._row_norms[role]
 
 

@@ -687,3 +687,29 @@ def test_describe_shows_the_kernels_shape_and_scale_for_a_layer_with_a_bias():
     cells = dict(zip(header.split(), row.split(), strict=True))
     assert cells["kernel"] == "4*2"
     assert cells["scale"] == "1"
+
+
+def test_the_floor_is_for_norms_alone():
+    params = {
+        "block": {"w": jnp.ones(3)},
+        "head": {"kernel": jnp.full((4, 2), 0.5)},  # a norm above the floor
+    }
+
+    def of_block(curvature: Any) -> np.ndarray:
+        block = spec.Block("block", weight_curvature=curvature, input_curvature=1.0)
+        chain = spec.LayerChain([block, spec.Dense("head")], input_shape=(4,))
+        return np.asarray(bmo.layer_scales(params, chain)["block"])
+
+    np.testing.assert_allclose(
+        of_block(lambda _: jnp.float32(1e-3)), of_block(1e-3), rtol=1e-6
+    )
+    # A sigmoid's gain is about 0.05.
+    links = [spec.Block("block", weight_curvature=1.0, input_curvature=1.0)]
+    links += [spec.Activation("sigmoid"), spec.Dense("head")]
+    chain = spec.LayerChain(links, input_shape=(4,))
+    default, none = (
+        bmo.layer_scales(params, chain, gains="mean_field", **options)
+        for options in ({}, {"norm_floor": 0.0})
+    )
+    assert default["block"] > 10
+    np.testing.assert_array_equal(default["block"], none["block"])
