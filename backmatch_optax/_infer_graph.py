@@ -325,8 +325,9 @@ def evaluate(end: Node, start: Node) -> Piece:
             piece.leaves[node.path] = rng.uniform(low, high, SIGNAL.shape[1])
             piece.paths[node.op].append(node.path)
         axes = [_repeated(size) for size in node.shape]
-        if axes and start.shape and node.shape[-1] == start.shape[-1]:
-            axes[-1] = whole[-1]  # a parameter's last axis is that of the features
+        # A parameter's last axis is that of the features; a single one fits any axis.
+        if axes and start.shape and 1 < node.shape[-1] == start.shape[-1]:
+            axes[-1] = whole[-1]
         return _Sampled(piece.leaves[node.path], tuple(axes))
 
     def sample(node: Node) -> _Sampled:

@@ -237,6 +237,8 @@ class _Links:
         if isinstance(last, _spec.Scale):
             factor *= last.factor
             del self.links[-1], self.shapes[-1]
+        if self.leading and not self.links:
+            return  # it prepares the input, which counts as whitened behind
         # A mean's count is rounded in a dtype of 8 or 11 bits.
         tolerance = 1e-5 if jnp.dtype(step.node.dtype).itemsize > 2 else 4e-3
         if abs(factor - 1) > tolerance:
@@ -249,6 +251,8 @@ class _Links:
             return
         if len(actual) == 1:
             self._append(_spec.Flatten(), step)
+        elif self.shape == (*actual, 1):
+            return  # one feature and none at all are the same
         elif not actual or actual[-1] != self.shape[-1]:
             if self.links or not self.leading:
                 raise Unknown(

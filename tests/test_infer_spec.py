@@ -485,9 +485,49 @@ CONSTRUCTS: dict[str, tuple[Callable[..., Any], list[spec.Link], tuple[int, ...]
         [spec.Dense("d")],
         (2, 5, 3, 6),
     ),
-    "scales": (lambda _, x: -x * 3 / 8, [spec.Scale(-0.375)], IMAGES),
-    "a scale of 1": (lambda _, x: x * 2 / 2 + 0.0, [], IMAGES),
-    "sum of itself": (lambda _, x: x + x, [spec.Scale(2.0)], IMAGES),
+    "scales": (lambda _, x: -nn.relu(x) * 3 / 8, [RELU, spec.Scale(-0.375)], IMAGES),
+    "a scale of 1": (lambda _, x: nn.relu(x) * 2 / 2 + 0.0, [RELU], IMAGES),
+    "sum of itself": (
+        lambda _, x: (y := nn.relu(x)) + y,
+        [RELU, spec.Scale(2.0)],
+        IMAGES,
+    ),
+    "one output": (
+        lambda _, x: nn.Dense(1, name="d")(nn.relu(x)),
+        [RELU, spec.Dense("d")],
+        (4, 6),
+    ),
+    "one number for each example": (
+        lambda _, x: jax.nn.sigmoid(nn.Dense(1, name="d")(x).squeeze(-1)),
+        [spec.Dense("d"), spec.Activation("sigmoid")],
+        (4, 6),
+    ),
+    "the first of one output": (
+        lambda _, x: nn.Dense(1, name="d")(x)[..., 0],
+        [spec.Dense("d")],
+        (4, 6),
+    ),
+    "one channel": (
+        lambda _, x: nn.BatchNorm(False, name="n")(nn.Conv(1, (3, 3), name="c")(x)),
+        [spec.Conv("c"), spec.BatchNorm("n")],
+        IMAGES,
+    ),
+    "grey image": (
+        lambda _, x: nn.ConvTranspose(1, (3, 3), strides=(2, 2), name="c")(x),
+        [spec.ConvTranspose("c", strides=2)],
+        IMAGES,
+    ),
+    "scaled input": (lambda _, x: nn.relu(x / 255), [RELU], IMAGES),
+    "centred and scaled input": (
+        lambda _, x: nn.relu((x - 127.5) / 127.5),
+        [RELU],
+        IMAGES,
+    ),
+    "scaled and centred input": (
+        lambda _, x: nn.relu(x / 255 - jnp.arange(6) / 10),
+        [RELU],
+        IMAGES,
+    ),
     "dropout": (
         lambda _, x: nn.Dropout(0.3, deterministic=False)(x),
         [spec.Dropout()],
