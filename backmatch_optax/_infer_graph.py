@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.extend as jex
 import numpy as np
 from jax.extend.source_info_util import summarize
 
-# Primitives that are calls: their body takes the equation's place. A custom_jvp is one
-# of them, as jax.nn defines its activations with it; a custom_vjp is not: its
-# derivative need not be the one of its body.
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "call", "custom_jvp_call"}
+# Primitives that are calls: their body takes the equation's place. A custom_vjp is not:
+# its derivative need not be the one of its body.
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "call"}
 _CALLS |= {"remat", "remat2", "checkpoint"}
 # Primitives that hand on what they are given.
 _ALIASES = {"copy", "copy_p", "device_put", "name", "optimization_barrier"}
@@ -110,7 +111,7 @@ def _read(
         operands = tuple(map(look_up, eqn.invars))
         within = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
         line = _line(eqn) or code
-        if op in _CALLS:
+        if op in _CALLS or _is_of_jax(op, eqn):
             body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             inner = getattr(body, "jaxpr", body)
             consts = getattr(body, "consts", ())
@@ -126,6 +127,17 @@ def _read(
             ]
         env.update(zip(eqn.outvars, results, strict=True))
     return list(map(look_up, jaxpr.outvars))
+
+
+def _is_of_jax(op: str, eqn: Any) -> bool:
+    """Whether it is a custom_jvp of JAX's own, as its activations are.
+
+    Those have the derivative of their body; what a user defines need not.
+    """
+    if op != "custom_jvp_call":
+        return False
+    origin = eqn.params["call_jaxpr"].jaxpr.debug_info.func_src_info or ""
+    return os.path.dirname(jax.__file__) in origin
 
 
 def _line(eqn: Any) -> str:

@@ -29,6 +29,7 @@ MEANINGS = {
     "argmax": "an index taken from the signal",
     "concatenate": "a concatenation",
     "cond": "a branch on data",
+    "custom_jvp_call": "a function with a derivative of its own",
     "custom_vjp_call": "a function with a derivative of its own",
     "cumsum": "a cumulative sum",
     "dot_general": "a matrix product that is no Dense layer",

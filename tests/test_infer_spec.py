@@ -923,6 +923,14 @@ def reversed_gradient(x: jax.Array) -> jax.Array:
 reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
 
 
+@jax.custom_jvp
+def smaller_gradient(x: jax.Array) -> jax.Array:
+    return x
+
+
+smaller_gradient.defjvp(lambda primals, tangents: (primals[0], 0.1 * tangents[0]))
+
+
 UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
     "attention": (
         lambda _, x: nn.MultiHeadDotProductAttention(2, name="attend")(x, x),
@@ -1116,6 +1124,11 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         lambda _, x: reversed_gradient(nn.Dense(3)(x)),
         IMAGES,
         "custom_vjp_call is a function with a derivative of its own",
+    ),
+    "custom derivative, forward": (
+        lambda _, x: smaller_gradient(nn.Dense(3)(x)),
+        IMAGES,
+        "custom_jvp_call is a function with a derivative of its own",
     ),
     "stopped gradient": (
         lambda _, x: lax.stop_gradient(nn.Dense(3)(x)),

@@ -708,8 +708,8 @@ def test_the_floor_is_for_norms_alone():
     links += [spec.Activation("sigmoid"), spec.Dense("head")]
     chain = spec.LayerChain(links, input_shape=(4,))
     default, none = (
-        bmo.layer_scales(params, chain, gains="mean_field", **options)
-        for options in ({}, {"norm_floor": 0.0})
+        bmo.layer_scales(params, chain, gains="mean_field", norm_floor=floor)
+        for floor in (0.1, 0.0)
     )
     assert default["block"] > 10
     np.testing.assert_array_equal(default["block"], none["block"])
