@@ -8,6 +8,7 @@ become links (`_infer_links`). Here are the traces themselves.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -258,15 +259,32 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
 
 def _name(module: Any, path: str) -> None:
     """Makes an NNX module trace its calls under its path, as Linen modules do."""
-    # The path is an attribute, and so it survives nnx.jit and its like.
-    module._infer_spec_scope = "@" + path.replace("/", ".")
-    module.__class__ = _naming_class(type(module))
+    # The path is in the class, and so it survives nnx.jit and its like; an attribute
+    # would be an entry of an nnx.Dict.
+    module.__class__ = _naming_class(type(module), "@" + path.replace("/", "."))
 
 
 @functools.cache
-def _naming_class(base: type) -> type:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with jax.named_scope(self._infer_spec_scope):
-            return base.__call__(self, *args, **kwargs)  # pyright: ignore
+def _naming_class(base: type, scope: str) -> type:
+    from flax import nnx
 
-    return type(base)(base.__name__, (base,), {"__call__": call})
+    def naming(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with jax.named_scope(scope):
+                return function(*args, **kwargs)
+
+        return method
+
+    own = [cls for cls in base.__mro__ if cls not in nnx.Module.__mro__]
+    members = {
+        name: value for cls in reversed(own) for name, value in vars(cls).items()
+    }
+    methods = {
+        name: naming(value)
+        for name, value in members.items()
+        if isinstance(value, types.FunctionType) and not name.startswith("_")
+    }
+    if "__call__" in members:  # of any kind, such as what nnx.jit makes of it
+        methods["__call__"] = naming(base.__call__)  # pyright: ignore
+    return type(base)(base.__name__, (base,), methods)

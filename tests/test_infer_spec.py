@@ -688,6 +688,27 @@ def test_transformed_nnx_modules(wrap):
     assert type(model.layers[0]) is Inner
 
 
+def test_modules_in_an_nnx_dict():
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            one, two = (nnx.Linear(6, 6, rngs=rngs) for _ in range(2))
+            self.layers = nnx.Dict({"one": one, "two": two})
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            for layer in self.layers.values():
+                x = layer(x)
+            return x
+
+    declared = (spec.Dense("layers/one"), spec.Dense("layers/two"))
+    assert infer_spec(Net(nnx.Rngs(0)), array(2, 6)).layers == declared
+
+
+def test_a_linen_module_in_an_nnx_one():
+    x = jnp.ones((2, 6))
+    model = nnx.bridge.lazy_init(nnx.bridge.ToNNX(nn.Dense(3), nnx.Rngs(0)), x)
+    assert infer_spec(model, x).layers == (spec.Dense(""),)
+
+
 class Shared(nn.Module):
     """Set up in one order, called in another; names that sort in a third."""
 
@@ -886,6 +907,26 @@ def test_blocks_stand_for_nnx_modules():
     assert infer_spec(model, array(2, 6), blocks=[block]).layers == declared
     with pytest.raises(ValueError, match="in module 'layers/0': mul multiplies two"):
         infer_spec(model, array(2, 6))
+
+
+def test_blocks_stand_for_nnx_modules_whatever_method_is_called():
+    class Gate(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.dense = nnx.Linear(6, 6, rngs=rngs)
+
+        def gated(self, x: jax.Array) -> jax.Array:
+            return x * nnx.sigmoid(self.dense(x))
+
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.gate, self.head = Gate(rngs), nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.head(self.gate.gated(x))
+
+    block = spec.Block("gate", weight_curvature=1.0, input_curvature=0.5)
+    chain = infer_spec(abstract(Net), array(2, 6), blocks=[block])
+    assert chain.layers == (block, spec.Dense("head"))
 
 
 # --- What is not known ---------------------------------------------------------------
