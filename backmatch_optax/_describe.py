@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from backmatch_optax import _recursion
 from backmatch_optax import spec as _spec
-from backmatch_optax._layer_scales import NORM_FLOOR, walk
+from backmatch_optax._layer_scales import NORM_FLOOR, check_norm_floor, walk
 from backmatch_optax._locate import Unlisted
 from backmatch_optax._moments import Gains
 from backmatch_optax._positive import Positive, evaluate
@@ -53,8 +53,8 @@ def describe(
       The table as text.
 
     Raises:
-      ValueError: where the chain does not fit the parameters, see `check_spec`, or
-        where these are not concrete.
+      ValueError: where the chain does not fit the parameters, see `check_spec`; where
+        these are not concrete; or where `norm_floor` is no finite number from 0 on.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -79,6 +79,7 @@ def describe(
             "describe writes numbers and needs concrete arrays; under jit, return "
             "layer_scales(params, spec) instead"
         )
+    check_norm_floor(norm_floor)
     sites = walk(params, spec, gains=gains, unlisted=unlisted)
     rows = [_HEADER, *_rows(sites, norm_floor, depth=0)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -17,6 +17,14 @@ from backmatch_optax._positive import wide
 from backmatch_optax._site import Site
 from backmatch_optax._transform import frobenius_norm, scaled
 
+# Fields and types in the states of Optax's optimizers whose steps do not grow with the
+# kernel: most of them hold second moments.
+_NOT_MOMENTUM = (
+    *("nu", "sum_of_squares", "e_g", "v_row", "exp_avg_sq"),
+    *("ScaleByAdanState", "ScaleByLBFGSState", "ScaleByLionState", "ScaleByRpropState"),
+    "MuonState",
+)
+
 
 def keep_norms(
     inner: optax.GradientTransformation, spec: _spec.LayerChain
@@ -55,9 +63,10 @@ def keep_norms(
 
     Raises:
       ValueError: in `init`, where no kernel is right before a normalisation, where
-        `inner` keeps second moments, or where the chain does not fit the parameters
-        (see `check_spec`); in `update`, where `params` is None, or inside
-        `jax.shard_map` where a kernel is one device's part of a whole.
+        the state of `inner` shows that it is no momentum (second moments, Lion, Muon,
+        Rprop), or where the chain does not fit the parameters (see `check_spec`);
+        in `update`, where `params` is None, or inside `jax.shard_map` where a kernel is
+        one device's part of a whole.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -86,12 +95,13 @@ def keep_norms(
         state = inner.init(params)
         if not is_leafless(params):
             _kernels(spec, params)
-            for moments in ("nu", "sum_of_squares"):
-                if optax.tree.get_all_with_path(state, moments):
+            for name in _NOT_MOMENTUM:
+                if optax.tree.get_all_with_path(state, name):
                     raise ValueError(
-                        "keep_norms rescales momentum with its kernel, but the "
-                        f"optimizer keeps second moments, {moments!r}: wrap one with "
-                        "momentum alone, such as backmatch_sgd"
+                        "keep_norms rescales momentum with its kernel, but the steps "
+                        "of this optimizer are not in proportion to the gradient: its "
+                        f"state has {name!r}. Wrap one with momentum alone, such as "
+                        "backmatch_sgd"
                     )
         return state
 

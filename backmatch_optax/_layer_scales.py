@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,8 +82,9 @@ def layer_scales(
 
     Raises:
       ValueError: where the chain does not fit the parameters, see `check_spec`; where
-        `gains` or `unlisted` is none of the above; or inside `jax.shard_map`, where a
-        parameter is not the same on all devices, so that it may be a part of one.
+        `gains`, `norm_floor` or `unlisted` is none of the above; or inside
+        `jax.shard_map`, where a parameter is not the same on all devices, so that it
+        may be a part of one.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -134,6 +136,20 @@ def check_gains(gains: Gains) -> None:
         raise ValueError(f"gains (={gains!r}) must be 'paper' or 'mean_field'")
 
 
+def check_norm_floor(norm_floor: Any) -> None:
+    """Raises `ValueError` for a floor that is no finite number of at least 0.
+
+    An array's value is not looked at: it may be traced.
+    """
+    if isinstance(norm_floor, (jax.Array, np.ndarray)):
+        return
+    if isinstance(norm_floor, (int, float, np.number)) and 0 <= norm_floor < math.inf:
+        return
+    raise ValueError(
+        f"norm_floor (={norm_floor!r}) must be a finite number of at least 0"
+    )
+
+
 def every(sites: Sequence[Site]) -> Iterator[Site]:
     """The sites and those inside them, input to output."""
     for site in sites:
@@ -156,6 +172,7 @@ def scale_of_params(
     sites: Sequence[Site], norm_floor: jax.typing.ArrayLike, normalize: bool
 ) -> dict[str, jax.Array]:
     """The scale of every declared parameter by its path; of a Block by the block's."""
+    check_norm_floor(norm_floor)
     numbers: dict[str, Positive] = {}
     leaves: dict[str, list[Any]] = {}
     for site in filter(_owns_params, every(sites)):

@@ -12,6 +12,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax._layer_scales import (
     NORM_FLOOR,
     check_gains,
+    check_norm_floor,
     layer_scales_of,
     scale_of_params,
     walk,
@@ -97,8 +98,9 @@ def scale_by_backmatch(
 
     Raises:
       ValueError: in `init`, where the chain does not fit the parameters (see
-        `check_spec`); in `update`, where `params` is None, or where inside
-        `jax.shard_map` a declared parameter is not the same on all devices.
+        `check_spec`) or an argument is none of the above; in `update`, where `params`
+        is None, or where inside `jax.shard_map` a declared parameter is not the same on
+        all devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -144,6 +146,7 @@ def scale_by_backmatch(
     def init_fn(params: optax.Params) -> ScaleByBackmatchState:
         # A tree without leaves has nothing to check: optax.tree.map_params passes one.
         check_gains(gains)
+        check_norm_floor(norm_floor)
         if not is_leafless(params):
             check_spec(spec, params, unlisted=unlisted)
         return ScaleByBackmatchState(

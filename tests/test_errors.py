@@ -4,6 +4,7 @@ The messages are for people who have their own model in mind and not this packag
 each has to say which layer it is about, what was found and what was expected.
 """
 
+import math
 import pathlib
 import re
 from collections.abc import Callable
@@ -708,6 +709,24 @@ def test_unlisted_has_two_values(call, value):
 @pytest.mark.parametrize("value", ["exact", None, ["paper"]], ids=str)
 def test_gains_has_two_values(call, value):
     expected = re.escape(f"gains (={value!r}) must be 'paper' or 'mean_field'")
+    with pytest.raises(ValueError, match=expected) as info:
+        call(value)
+    assert_is_a_message_of_the_package(info)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda value: bmo.layer_scales(concrete(), FIT, norm_floor=value),
+        lambda value: bmo.describe(FIT, concrete(), norm_floor=value),
+        lambda value: bmo.scale_by_backmatch(FIT, norm_floor=value).init(concrete()),
+        lambda value: bmo.backmatch_sgd(0.1, FIT, norm_floor=value).init(concrete()),
+    ],
+    ids=["layer_scales", "describe", "init", "alias"],
+)
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "0.1", None], ids=str)
+def test_a_floor_is_a_finite_number(call, value):
+    expected = re.escape(f"norm_floor (={value!r}) must be a finite number of at least")
     with pytest.raises(ValueError, match=expected) as info:
         call(value)
     assert_is_a_message_of_the_package(info)

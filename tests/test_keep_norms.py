@@ -225,8 +225,15 @@ def test_what_cannot_work_is_refused():
         [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")], input_shape=(4,)
     )
     adam = optax.chain(bmo.scale_by_backmatch(normed), optax.adam(0.1))
-    with pytest.raises(ValueError, match="keeps second moments, 'nu'"):
+    with pytest.raises(ValueError, match=r"not in proportion .* state has 'nu'"):
         bmo.keep_norms(adam, normed).init(params)
+    for other in (
+        *(optax.adadelta(0.1), optax.adafactor(0.1), optax.adagrad(0.1)),
+        *(optax.adan(0.1), optax.lion(0.1), optax.rprop(0.1), optax.lbfgs(0.1)),
+        *(optax.contrib.muon(0.1), optax.contrib.prodigy(0.1)),
+    ):
+        with pytest.raises(ValueError, match="not in proportion"):
+            bmo.keep_norms(other, normed).init(params)
     tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, normed), normed)
     with pytest.raises(ValueError, match="params is None"):
         tx.update(params, tx.init(params))
