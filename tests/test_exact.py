@@ -646,6 +646,26 @@ def test_procedure_1_is_back_propagation(x64):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("layer", ["Linear", "Conv"])
+def test_running_averages_stay_as_they_are_in_evaluation(layer):
+    window = ((3, 3),) if layer == "Conv" else ()
+    make = getattr(exact_nnx, layer)
+    model = nnx.Sequential(make(3, 2, *window, decay=0.9, rngs=nnx.Rngs(0)))
+    images = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
+    model(images)
+    kept = jax.tree.leaves(nnx.state(model, exact_nnx.SecondMoment))
+    model.eval()
+    model(10 * images)
+    for before, after in zip(
+        kept, jax.tree.leaves(nnx.state(model, exact_nnx.SecondMoment)), strict=True
+    ):
+        np.testing.assert_array_equal(before, after)
+    model.train()
+    model(10 * images)
+    (*_, weight) = jax.tree.leaves(nnx.state(model, exact_nnx.SecondMoment))
+    np.testing.assert_allclose(weight, 0.19, rtol=1e-6)
+
+
 # --- What is refused -----------------------------------------------------------------
 
 X, KERNEL = jnp.ones((8, 3)), jnp.ones((3, 2))

@@ -6,7 +6,8 @@ changes its imports and nothing else. Those of linear layers take two more:
 * `damping`: the relative ridge, see `backmatch_optax.exact.dense`.
 * `decay`: how much of a running average of the second moment of the inputs each call
   keeps, in [0, 1); None solves with the batch's own. The average is a `SecondMoment`
-  variable, unbiased from the first call, which it includes.
+  variable, unbiased from the first call, which it includes; after `model.eval()` it
+  stays as it is.
 
 Use `nnx.relu`, `nnx.max_pool` without overlap, reshapes and dropout between them. Read
 layer chains (`infer_spec`) off the model with Flax's own layers.
@@ -66,6 +67,7 @@ class Linear(nnx.Linear):
     decay: float | None
     second_moment: SecondMoment
     second_moment_weight: SecondMoment
+    use_running_average: bool
 
     def __init__(
         self,
@@ -136,6 +138,7 @@ class Conv(nnx.Conv):
     decay: float | None
     second_moment: SecondMoment
     second_moment_weight: SecondMoment
+    use_running_average: bool
 
     def __init__(
         self,
@@ -268,6 +271,7 @@ def _keep(
         n = fan_in + layer.use_bias
         layer.second_moment = SecondMoment(jnp.zeros((groups, n, n)))
         layer.second_moment_weight = SecondMoment(jnp.zeros(()))
+        layer.use_running_average = False  # what `eval` and `train` of a model set
 
 
 def _kernel_and_bias(layer: nnx.Linear | nnx.Conv) -> tuple[jax.Array, Any]:
@@ -285,7 +289,7 @@ def _running(
         return None
     moment = exact.second_moment(inputs, kernel, bias, **geometry)
     total, weight = layer.second_moment, layer.second_moment_weight
-    average, total[...], weight[...] = averaged(
-        moment, total[...], weight[...], layer.decay
-    )
+    average, *new = averaged(moment, total[...], weight[...], layer.decay)
+    if not layer.use_running_average:
+        total[...], weight[...] = new
     return average
