@@ -28,6 +28,13 @@ Gains = Literal["paper", "mean_field"]
 # phi(c * x) = c * phi(x) for c > 0: their gains do not depend on the signal's size.
 _HOMOGENEOUS = ("identity", "leaky_relu", "relu")
 
+# Those whose slope is zero but for a few units about 0, and up to which size of the
+# signal the nodes below are dense enough there.
+_SATURATING = {
+    **dict.fromkeys(("hard_tanh", "sigmoid", "soft_sign", "tanh"), 5.0),
+    "relu6": 15.0,
+}
+
 _NOTHING = 1e-9  # below the rounding of the integrals
 
 # Even in number: no node lies on a kink at 0.
@@ -201,8 +208,11 @@ def _integrals(
     values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]
     phi = activation(name)
     outputs = phi(values)
+    # A larger signal meets those slopes in proportion less often.
+    size = jnp.sqrt(variance + spread + offset)
+    rarer = jnp.maximum(size / _SATURATING.get(name, jnp.inf), 1.0)
     # Elementwise, so that one product with ones is the derivative of each.
-    _, slopes = jax.jvp(phi, (values,), (jnp.ones_like(values),))
+    _, slopes = jax.jvp(phi, (values / rarer,), (jnp.ones_like(values),))
     unit_means = outputs @ largest
     common = density @ unit_means
     deviations = outputs - unit_means[:, None]
@@ -210,5 +220,5 @@ def _integrals(
         density @ (deviations**2 @ largest),
         density @ (unit_means - common) ** 2,
         common**2,
-        density @ (slopes**2 @ largest),
+        density @ (slopes**2 @ largest) / rarer,
     )

@@ -713,3 +713,18 @@ def test_the_floor_is_for_norms_alone():
     )
     assert default["block"] > 10
     np.testing.assert_array_equal(default["block"], none["block"])
+
+
+@pytest.mark.parametrize(
+    ("name", "integral"),  # of the squared slope over all inputs
+    [("hard_tanh", 2.0), ("relu6", 6.0), ("sigmoid", 1 / 6), ("tanh", 4 / 3)],
+)
+@pytest.mark.parametrize("size", [20.0, 300.0, 1e10])
+def test_mean_field_gains_of_units_that_saturate(name, integral, size):
+    params = {"a": {"kernel": size * jnp.eye(4)}, "b": {"kernel": jnp.eye(4)}}
+    links = [spec.Dense("a"), spec.Activation(name), spec.Dense("b")]
+    chain = spec.LayerChain(links, input_shape=(4,))
+    scale = bmo.layer_scales(params, chain, gains="mean_field")["a"]
+    # A Gaussian so wide has the density of its middle wherever the slope is not zero.
+    wanted = size * math.sqrt(2 * math.pi) / integral
+    np.testing.assert_allclose(scale, wanted, rtol=0.04)
