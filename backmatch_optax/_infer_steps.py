@@ -504,13 +504,13 @@ def _normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
             scale = piece.leaves[leaf]
         else:
             bias = piece.leaves[leaf]
-    for kind, normalised in _normalised(piece, source):
+    for link, normalised in _normalised(piece, source):
         affine = normalised if scale is None else normalised * scale
         affine = affine if bias is None else affine + bias
         factor = _constant_ratio(piece.values, affine)
-        if kind is None or factor is None or not roles <= set(kind.roles):
+        if link is None or factor is None or not roles <= set(link.roles):
             continue
-        links: list[_spec.Link] = [kind(path)]
+        links: list[_spec.Link] = [dataclasses.replace(link, path=path)]
         if abs(factor - 1) > 2e-3:
             if params:  # it would not leave the bias alone
                 continue
@@ -520,25 +520,25 @@ def _normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
 
 
 def _normalised(piece: Piece, source: Node) -> Iterator[tuple[Any, Any]]:
-    """What each normalisation that is possible makes of the samples."""
+    """Each normalisation that is possible, and what it makes of the samples."""
     states = [piece.leaves[path] for path in piece.paths["state"]]
     if states and piece.reduced:
         return
     if len(states) == 2:
         for mean, variance in itertools.permutations(states):
-            yield _spec.BatchNorm, (SIGNAL - mean) / np.sqrt(variance)
+            yield _spec.BatchNorm(), (SIGNAL - mean) / np.sqrt(variance)
     if piece.reduced:
-        kind = _normalisation_kind(piece, source.shape)
+        link = _normalisation_over(piece, source.shape)
         mean = SIGNAL.mean(axis=1, keepdims=True)
-        yield kind, (SIGNAL - mean) / SIGNAL.std(axis=1, keepdims=True)
-        if kind is _spec.LayerNorm:
+        yield link, (SIGNAL - mean) / SIGNAL.std(axis=1, keepdims=True)
+        if isinstance(link, _spec.LayerNorm):
             yield (
-                _spec.RMSNorm,
+                _spec.RMSNorm(),
                 SIGNAL / np.sqrt(np.mean(SIGNAL**2, axis=1, keepdims=True)),
             )
 
 
-def _normalisation_kind(piece: Piece, shape: Shape) -> Any:
+def _normalisation_over(piece: Piece, shape: Shape) -> Any:
     """Which normalisation takes its statistics over these axes, None for none."""
     last = len(shape) - 1
     axes = {axis for axis, _, _ in piece.reduced}
@@ -551,10 +551,11 @@ def _normalisation_kind(piece: Piece, shape: Shape) -> Any:
     features = math.prod(size for axis, _, size in piece.reduced if axis == last)
     positions = {axis for axis in range(1, last) if shape[axis] > 1}
     if 0 in axes:
-        return _spec.BatchNorm if positions <= axes and last not in axes else None
+        return _spec.BatchNorm() if positions <= axes and last not in axes else None
     if not positions & axes and features == shape[last]:
-        return _spec.LayerNorm
-    return _spec.GroupNorm if positions <= axes else None
+        return _spec.LayerNorm()
+    groups = shape[last] // features
+    return _spec.GroupNorm(num_groups=groups) if positions <= axes else None
 
 
 PATTERNS: tuple[Callable[[Piece, Node, Node], Step | None], ...] = (

@@ -469,26 +469,23 @@ class _Normalisation(Link):
             _check_vector(role, param_shapes, input_shape[-1])
         return input_shape
 
-    def divisor(self, here: Site) -> Positive:
-        """What the signal's square is divided by: its variance over units."""
-        return here.moments.without_offset().q
+    def remaining(self, here: Site) -> Moments:
+        """The signal's moments without the means that it takes away."""
+        return here.moments.without_offset()
 
     def centres(self, centred: bool) -> bool:
         del centred
         return False  # it multiplies every example by a number of its own
 
     def moments_after(self, here: Site) -> Moments:
-        moments = self.normalised(here) * self._squared_scale(here)
+        remaining = self.remaining(here)
+        moments = remaining * (self._squared_scale(here) / remaining.q)
         if "bias" not in here.params:
             return moments
         bias = here.squared_row_norm("bias")
         if here.mean_field:
             return moments.with_spread(bias)
         return Moments(moments.variance + bias)
-
-    def normalised(self, here: Site) -> Moments:
-        """Moments before scale and bias."""
-        return here.moments.without_offset() * (1.0 / self.divisor(here))
 
     def m_W(self, here: Site, role: str) -> Positive:
         # Each entry acts at every position: the scale on a signal of moment 1, the bias
@@ -497,7 +494,7 @@ class _Normalisation(Link):
         return number(here.positions_out)
 
     def m_z(self, here: Site) -> Positive:
-        return self._squared_scale(here) / self.divisor(here)
+        return self._squared_scale(here) / self.remaining(here).q
 
     def _squared_scale(self, here: Site) -> Positive:
         return here.squared_row_norm("scale") if "scale" in here.params else number(1.0)
@@ -523,14 +520,10 @@ class BatchNorm(_Normalisation):
 
     path: str | None = None
 
-    def divisor(self, here: Site) -> Positive:
+    def remaining(self, here: Site) -> Moments:
         # BM (36), LH (24): a unit's variance over the batch. With the papers' gains
         # that is the whole incoming moment.
-        return here.moments.variance
-
-    def normalised(self, here: Site) -> Moments:
-        del here
-        return Moments(number(1.0))  # every unit's mean is taken away
+        return Moments(here.moments.variance)
 
     def centres(self, centred: bool) -> bool:
         del centred
@@ -564,17 +557,47 @@ class GroupNorm(_Normalisation):
     Args:
       path: where its `scale` and `bias` lie in the parameters, either or both; None
         for a GroupNorm without either.
+      num_groups: the number of groups, Flax's 32 by default. As many as there are
+        features is `flax.linen.InstanceNorm`.
 
     Raises:
-      ValueError: where `path` is neither None nor names joined by single slashes.
+      ValueError: where `path` is neither None nor names joined by single slashes, where
+        `num_groups` is no positive int, or (at `init`) where it does not divide the
+        number of features.
 
     Examples:
       >>> from backmatch_optax import spec
-      >>> spec.GroupNorm("GroupNorm_0")
-      spec.GroupNorm('GroupNorm_0')
+      >>> spec.GroupNorm("GroupNorm_0"), spec.GroupNorm("GroupNorm_1", num_groups=8)
+      (spec.GroupNorm('GroupNorm_0'), spec.GroupNorm('GroupNorm_1', num_groups=8))
     """
 
     path: str | None = None
+    num_groups: int = dataclasses.field(default=32, kw_only=True)
+
+    def validate(self) -> None:
+        super().validate()
+        if not isinstance(self.num_groups, int) or self.num_groups < 1:
+            raise ValueError(
+                f"num_groups (={self.num_groups!r}) must be a positive int"
+            )
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        if input_shape[-1] % self.num_groups:
+            raise ValueError(
+                f"num_groups (={self.num_groups}) must divide the {input_shape[-1]} "
+                "features of its input"
+            )
+        return super().shape_after(input_shape, param_shapes)
+
+    def remaining(self, here: Site) -> Moments:
+        # The mean of g units with means of either sign has a g-th of their square.
+        units = here.fan_in // self.num_groups
+        spread = here.moments.spread
+        if spread is None or units == 1:
+            return Moments(here.moments.variance)
+        return Moments(here.moments.variance, spread * (1.0 - 1.0 / units))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -597,11 +620,8 @@ class RMSNorm(_Normalisation):
 
     roles = ("scale",)
 
-    def divisor(self, here: Site) -> Positive:
-        return here.q
-
-    def normalised(self, here: Site) -> Moments:
-        return here.moments * (1.0 / here.q)
+    def remaining(self, here: Site) -> Moments:
+        return here.moments
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

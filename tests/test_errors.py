@@ -95,6 +95,10 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: spec.Conv("conv", kernel_dilation=0),
         r"kernel_dilation \(=0\) must be a positive int",
     ),
+    "zero groups of a norm": (
+        lambda: spec.GroupNorm(num_groups=0),
+        r"num_groups \(=0\) must be a positive int",
+    ),
     "zero groups": (
         lambda: spec.Conv("conv", feature_group_count=0),
         r"feature_group_count \(=0\) must be a positive int",
@@ -390,6 +394,11 @@ PLACEMENT: dict[str, Callable[[], Declared]] = {
         image_chain(spec.Conv("conv", feature_group_count=3)),
         {"conv": {"kernel": array(3, 3, 1, 4)}},
         r"'conv'.* feature_group_count \(=3\) must divide the 4 output features",
+    ),
+    "num_groups that does not divide the features": lambda: (
+        image_chain(spec.GroupNorm(num_groups=2)),
+        {},
+        r"spec.GroupNorm.* num_groups \(=2\) must divide the 3 features",
     ),
     "too many strides": lambda: (
         image_chain(spec.Conv("conv", strides=(1, 2, 1))),

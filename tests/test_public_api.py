@@ -106,6 +106,7 @@ def test_all_but_the_leading_arguments_are_keyword_only(public):
         (spec.ConvTranspose, nn.ConvTranspose),
         (spec.MaxPool, nn.max_pool),
         (spec.AvgPool, nn.avg_pool),
+        (spec.GroupNorm, nn.GroupNorm),
     ],
 )
 def test_options_and_their_defaults_are_flax_own(link, flax_layer):

@@ -4,6 +4,7 @@ A rule states the mean diagonal of `J^T J`, for one example and summed over ever
 the layer puts out, with respect to a parameter (`m_W`) or to the input (`m_z`).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -394,7 +395,10 @@ def test_batch_norm_hands_on_the_second_moment_that_it_really_has(roles):
 
 NORMALISATIONS: dict[str, Any] = {
     "layer": (spec.LayerNorm, nn.LayerNorm(epsilon=0.0)),
-    "group": (spec.GroupNorm, nn.GroupNorm(num_groups=2, epsilon=0.0)),
+    "group": (
+        functools.partial(spec.GroupNorm, num_groups=2),
+        nn.GroupNorm(num_groups=2, epsilon=0.0),
+    ),
     "rms": (spec.RMSNorm, nn.RMSNorm(epsilon=0.0)),
 }
 
@@ -411,6 +415,25 @@ def test_normalisations_over_features_divide_by_the_size_of_the_signal(name):
     assert set(rule) == set(found)
     for role, value in found.items():
         np.testing.assert_allclose(rule[role], value, rtol=0.1, err_msg=role)
+
+
+def test_small_groups_take_the_means_of_units_away_as_a_batch_norm_does():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)) / 8**0.5)
+    params = {name: {"kernel": kernel} for name in ("a", "b", "c")}
+
+    def scale(norm: spec.Link) -> float:
+        links = [spec.Dense("a"), spec.Activation("relu"), spec.Dense("b")]
+        chain = spec.LayerChain([*links, norm, spec.Dense("c")], input_shape=(4, 8))
+        return float(bmo.layer_scales(params, chain, gains="mean_field")["a"])
+
+    # A group of one unit leaves no mean, one of g units all but a g-th of its square.
+    batch, whole = scale(spec.BatchNorm()), scale(spec.LayerNorm())
+    groups = {n: scale(spec.GroupNorm(num_groups=n)) for n in (8, 4, 2, 1)}
+    np.testing.assert_allclose(groups[8], batch, rtol=1e-6)
+    assert batch < whole
+    for number, found in groups.items():
+        kept = 1 - number / 8
+        np.testing.assert_allclose(found - batch, kept * (whole - batch), rtol=1e-5)
 
 
 # Residual: the arms are added, and what they share is left out.

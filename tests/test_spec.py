@@ -56,6 +56,7 @@ LINKS = [
     spec.BatchNorm("BatchNorm_0"),
     spec.LayerNorm("LayerNorm_0"),
     spec.GroupNorm("GroupNorm_0"),
+    spec.GroupNorm(num_groups=4),
     spec.RMSNorm("RMSNorm_0"),
     spec.Scale(0.5),
     spec.Activation("relu"),
