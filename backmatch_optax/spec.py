@@ -838,6 +838,11 @@ class Dropout(Link):
 class Scale(Link):
     """Multiplication by a constant, such as `0.5 * x` or a division by `sqrt(2)`.
 
+    Only the square of the constant counts. With mean-field gains the difference of two
+    signals, a `Residual` with `Scale(-1)`, is therefore taken for their sum: where both
+    have a mean in common, as after ReLUs, its second moment comes out too large, by up
+    to a factor of about 2.
+
     Args:
       factor: the constant, not zero.
 
