@@ -79,9 +79,10 @@ def infer_spec(
 
     Raises:
       ValueError: where something between input and output is described by no link
-        (attention, recurrence, gating, concatenation, an embedding, a parameter used
-        twice or transformed before use), or there are several outputs. The message
-        names the module, the operation, its line of code, and the ways out.
+        (attention, recurrence, gating, concatenation, an embedding, a derivative of the
+        user's own, a parameter used twice or transformed before use), or there are
+        several outputs. The message names the module, the operation, its line of code,
+        and the ways out.
       ImportError: where Flax is not installed.
 
     Examples:
