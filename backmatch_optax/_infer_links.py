@@ -233,12 +233,12 @@ class _Links:
 
     def _scale(self, factor: float, step: Step) -> None:
         """Adds a factor to the one that is there; none at all is left out."""
+        if self.leading and not self.links:
+            return  # it prepares the input, which counts as whitened behind
         last = self.links[-1] if self.links else None
         if isinstance(last, _spec.Scale):
             factor *= last.factor
             del self.links[-1], self.shapes[-1]
-        if self.leading and not self.links:
-            return  # it prepares the input, which counts as whitened behind
         # A mean's count is rounded in a dtype of 8 or 11 bits.
         tolerance = 1e-5 if jnp.dtype(step.node.dtype).itemsize > 2 else 4e-3
         if abs(factor - 1) > tolerance:
