@@ -46,7 +46,9 @@ def keep_norms(
     with :math:`v` the momentum of the kernel, trains the same function at every step
     (up to the `epsilon` of the normalisation, which a longer kernel makes less of).
     That holds with `optax.add_decayed_weights` after the scale too. Before the scale,
-    the decay of a longer kernel is another one, and keeping norms is another method.
+    the decay of a longer kernel is another one, and keeping norms is another method; so
+    it is with `normalize=True`, whose mean depends on all norms, and with clipping
+    before the scale.
 
     Args:
       inner: the whole optimizer, from decay to learning rate, such as `backmatch_sgd`.

@@ -97,6 +97,8 @@ def measure_layer_scales(
     """
     probes = checked_count("num_probes", num_probes)
     sizes = layer_sizes(params, layer_of)
+    if not sizes:
+        raise ValueError("params holds no array, so there is no layer to measure")
     samples = jnp.stack(
         [
             _jitted_probe(fn, layer_of, params, inputs, probe_key)
@@ -165,7 +167,9 @@ def _probe(
         total = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
         totals[layer] = total + totals.get(layer, 0.0)
     sizes = layer_sizes(params, layer_of)
-    return jnp.stack([totals[layer] / (size * batch) for layer, size in sizes.items()])
+    return jnp.stack(
+        [totals[layer] / max(size * batch, 1) for layer, size in sizes.items()]
+    )
 
 
 _jitted_probe = jax.jit(_probe, static_argnames=("fn", "layer_of"))
@@ -311,12 +315,14 @@ def scale_by_measured_backmatch(
         def refresh(state: ScaleByMeasuredBackmatchState):
             next_key, probe_key = jax.random.split(state.key)
             sample = _probe(outputs_fn, layer_of, params, (), probe_key)
-            curvatures = decay * state.curvatures + (1 - decay) * sample
-            refreshes = state.steps // refresh_every + 1
-            average = jnp.divide(curvatures, 1 - jnp.power(decay, refreshes))
+            kept = jnp.asarray(decay, jnp.float32)  # also with 64-bit JAX
+            curvatures = kept * state.curvatures + (1 - kept) * sample
+            refreshes = (state.steps // refresh_every + 1).astype(jnp.float32)
+            average = curvatures / (1 - jnp.power(kept, refreshes))
             if normalize:
-                mean = jnp.average(average, weights=jnp.array([*sizes.values()]))
-                average = average / jnp.where(mean > 0, mean, 1)
+                weights = jnp.asarray([*sizes.values()], jnp.float32)
+                mean = jnp.average(average, weights=weights)
+                average = average / jnp.where(mean == 0, 1, mean)
             return state._replace(
                 key=next_key, curvatures=curvatures, layer_scales=_reciprocal(average)
             )

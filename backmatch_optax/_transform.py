@@ -195,6 +195,8 @@ def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
     """An update times its scale, in its own dtype; without a scale as it is."""
     if scale is None:
         return update
+    if jnp.iscomplexobj(update):
+        return (update * scale).astype(update.dtype)
     # In the wider of the two dtypes: a scale above 65504 is no float16.
     dtype = wide(update.dtype, scale.dtype)
     return (update.astype(dtype) * scale.astype(dtype)).astype(update.dtype)
@@ -258,7 +260,8 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
 
 
 def _scaled_by_own_norm(update: jax.Array) -> jax.Array:
-    norm = frobenius_norm(update.astype(wide(update.dtype)))
+    sizes = jnp.abs(update) if jnp.iscomplexobj(update) else update
+    norm = frobenius_norm(sizes.astype(wide(sizes.dtype)))
     # log(1 + 1 / norm), written so that a tiny norm does not overflow.
     logarithm = jnp.where(
         norm > 1, jnp.log1p(1 / norm), jnp.log1p(norm) - jnp.log(norm)

@@ -165,6 +165,36 @@ def taps_inside(
     return uses, kept
 
 
+def inputs_inside(
+    input_sizes: Sequence[int],
+    window: Sequence[int],
+    output_sizes: Sequence[int],
+    *,
+    strides: PerDimension,
+    padding: Padding,
+    dilation: PerDimension,
+) -> float:
+    """How many inputs of a transposed convolution a tap spreads, the mean over taps.
+
+    `padding` is explicit: less of it than the window reaches cuts the output off.
+    """
+    rank = len(input_sizes)
+    strides = per_dimension("strides", strides, rank)
+    dilation = per_dimension("kernel_dilation", dilation, rank)
+    uses = 1.0
+    for axis, (size, taps, outputs) in enumerate(
+        zip(input_sizes, window, output_sizes, strict=True)
+    ):
+        stride, step = strides[axis], dilation[axis]
+        low = low_padding(padding, axis, size, taps, 1, step)
+        inside = [
+            sum(0 <= at * stride - tap * step + low < outputs for at in range(size))
+            for tap in range(taps)
+        ]
+        uses *= sum(inside) / taps
+    return uses
+
+
 def low_padding(
     padding: Padding, axis: int, size: int, taps: int, stride: int, step: int
 ) -> int:

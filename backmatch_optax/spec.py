@@ -41,6 +41,7 @@ from backmatch_optax._windows import (
     canonical_counts,
     canonical_padding,
     canonical_window,
+    inputs_inside,
     output_sizes,
     per_dimension,
     taps_inside,
@@ -447,7 +448,16 @@ class ConvTranspose(_Windowed, _Linear):
 
     def uses(self, here: Site) -> float:
         """Once for every position of the input, which it spreads over the output."""
-        return here.positions_in
+        if isinstance(self.padding, str):
+            return here.positions_in
+        return inputs_inside(
+            here.input_shape[:-1],
+            here.params["kernel"].shape[:-2],
+            here.output_shape[:-1],
+            strides=1 if self.strides is None else self.strides,
+            padding=self.padding,
+            dilation=self.kernel_dilation,
+        )
 
 
 class _Normalisation(Link):

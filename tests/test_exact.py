@@ -646,6 +646,26 @@ def test_procedure_1_is_back_propagation(x64):
         np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-14)
 
 
+def test_an_input_that_is_always_zero_leaves_its_weights_alone():
+    x = jnp.zeros((8, 4))
+    direction = jax.grad(lambda w: exact.dense(x, w, damping=0.1).sum())(
+        jnp.ones((4, 3))
+    )
+    np.testing.assert_array_equal(direction, 0)
+    # A depthwise convolution behind a ReLU of which one unit is dead.
+    images = jax.random.normal(jax.random.key(0), (8, 6, 6, 3)).at[..., 1].set(0)
+    window = jax.random.normal(jax.random.key(1), (3, 3, 1, 3))
+
+    def loss(window: jax.Array) -> jax.Array:
+        y = exact.conv(images, window, feature_group_count=3, damping=0.1)
+        return jnp.sum(jnp.square(y))
+
+    direction = jax.grad(loss)(window)
+    assert jnp.isfinite(direction).all()
+    np.testing.assert_array_equal(direction[..., 1], 0)
+    assert (jnp.abs(direction[..., [0, 2]]).max((0, 1, 2)) > 0).all()
+
+
 @pytest.mark.parametrize("layer", ["Linear", "Conv"])
 def test_running_averages_stay_as_they_are_in_evaluation(layer):
     window = ((3, 3),) if layer == "Conv" else ()

@@ -437,3 +437,36 @@ def test_refresh_every_and_decay_must_be_in_range():
         bmo.scale_by_measured_backmatch(key=KEY, refresh_every=0)
     with pytest.raises(ValueError, match=r"decay \(=1\.0\) must be in \[0, 1\)"):
         bmo.scale_by_measured_backmatch(key=KEY, decay=1.0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_measured_scales_with_64_bit_jax(normalize):
+    with jax.enable_x64(True):
+        params = {"fc": {"kernel": 2 * jnp.eye(4, dtype=jnp.float32)}}
+        x = jnp.array([[2.0, -2.0, 2.0, -2.0]], jnp.float32)
+        tx = bmo.scale_by_measured_backmatch(key=KEY, decay=0.5, normalize=normalize)
+        update = jax.jit(
+            lambda g, s, p: tx.update(
+                g, s, p, outputs_fn=lambda p: x @ p["fc"]["kernel"]
+            )
+        )
+        state: Any = tx.init(params)
+        updates: Any = params
+        for _ in range(2):
+            updates, state = update(params, state, params)
+        assert updates["fc"]["kernel"].dtype == jnp.float32
+        wanted = 1.0 if normalize else 0.25
+        np.testing.assert_allclose(state.layer_scales, [wanted], rtol=1e-6)
+
+
+def test_a_parameter_without_entries_does_not_count():
+    params = {"fc": {"kernel": 2 * jnp.eye(4)}, "none": {"w": jnp.zeros((0,))}}
+    x = jnp.array([[2.0, -2.0, 2.0, -2.0]])
+    tx = bmo.scale_by_measured_backmatch(key=KEY, normalize=True)
+    state: Any
+    _, state = tx.update(
+        params, tx.init(params), params, outputs_fn=lambda p: x @ p["fc"]["kernel"]
+    )
+    np.testing.assert_allclose(state.layer_scales, [1.0, 1.0], rtol=1e-6)
+    with pytest.raises(ValueError, match="params holds no array"):
+        bmo.measure_layer_scales(lambda p, x: x, {}, x, key=KEY)

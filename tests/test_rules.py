@@ -151,6 +151,25 @@ def test_transposed_conv(case):
     assert_close(rule, found)
 
 
+CUT_TRANSPOSED_CONVOLUTIONS = {
+    "no padding": ((8, 2), 5, {"padding": 0}),
+    "little": ((5, 4, 2), (4, 3), {"strides": (2, 1), "padding": [(1, 2), (0, 1)]}),
+    "dilation": ((6, 5, 2), (3, 2), {"padding": 1, "kernel_dilation": 2}),
+    "all of it": ((5, 2), 3, {"padding": 2}),
+}
+
+
+@pytest.mark.parametrize("case", CUT_TRANSPOSED_CONVOLUTIONS)
+def test_transposed_conv_whose_padding_cuts_its_output(case):
+    input_shape, window, options = CUT_TRANSPOSED_CONVOLUTIONS[case]
+    x = signs(1, *input_shape)
+    apply, params = layer_and_params(nn.ConvTranspose(4, window, **options), x)
+    # Taps of the same size: those at the ends of a window are used less often.
+    params = jax.tree.map(jnp.sign, params)
+    link = spec.ConvTranspose("layer", **options)
+    assert_close(curvatures(link, params, input_shape), measured(apply, params, x))
+
+
 PADDED_CONVOLUTIONS = {
     "same": ((5, 4, 3), (3, 2), {}),
     "same strides": ((6, 5, 3), (3, 3), {"strides": 2}),

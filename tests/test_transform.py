@@ -360,3 +360,9 @@ def test_lsalr_takes_the_norm_of_each_array_alone():
     pair = {"a": jnp.full(4, 0.5), "b": jnp.full(4, 50.0)}
     expected = {name: lsalr(gradient) for name, gradient in pair.items()}
     assert_trees_all_equal(lsalr(pair), expected)
+
+
+def test_lsalr_keeps_complex_gradients():
+    gradient = jnp.array([1 + 2j, 3 - 1j])
+    scale = 1 + np.log(1 + 1 / np.linalg.norm(gradient))
+    np.testing.assert_allclose(lsalr(gradient), scale * gradient, rtol=1e-6)

@@ -525,7 +525,9 @@ def _moment(rows: jax.Array) -> jax.Array:
 def _ridge(moment: jax.Array, gradient: jax.Array, damping: jax.Array) -> jax.Array:
     """`(moment + damping * mean diagonal)^-1 gradient`, by Cholesky."""
     unknowns = moment.shape[0]
-    ridge = damping * jnp.trace(moment) / unknowns
+    mean = jnp.trace(moment) / unknowns
+    # An input that is always zero leaves nothing to be relative to: the solution is 0.
+    ridge = damping * jnp.where(mean > 0, mean, 1)
     factor = jax.scipy.linalg.cho_factor(
         moment + ridge * jnp.eye(unknowns, dtype=moment.dtype)
     )
