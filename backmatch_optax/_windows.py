@@ -165,34 +165,19 @@ def taps_inside(
     return uses, kept
 
 
-def inputs_inside(
-    input_sizes: Sequence[int],
-    window: Sequence[int],
-    output_sizes: Sequence[int],
-    *,
-    strides: PerDimension,
-    padding: Padding,
-    dilation: PerDimension,
-) -> float:
-    """How many inputs of a transposed convolution a tap spreads, the mean over taps.
+def transposed_padding(
+    window: Sequence[int], padding: Padding, dilation: PerDimension
+) -> Padding:
+    """The padding of the convolution that a transposed one is the transpose of.
 
-    `padding` is explicit: less of it than the window reaches cuts the output off.
+    That one leads from its outputs to its inputs. `padding` is explicit; only what is
+    before the first entry of an axis is told.
     """
-    rank = len(input_sizes)
-    strides = per_dimension("strides", strides, rank)
-    dilation = per_dimension("kernel_dilation", dilation, rank)
-    uses = 1.0
-    for axis, (size, taps, outputs) in enumerate(
-        zip(input_sizes, window, output_sizes, strict=True)
-    ):
-        stride, step = strides[axis], dilation[axis]
-        low = low_padding(padding, axis, size, taps, 1, step)
-        inside = [
-            sum(0 <= at * stride - tap * step + low < outputs for at in range(size))
-            for tap in range(taps)
-        ]
-        uses *= sum(inside) / taps
-    return uses
+    steps = per_dimension("kernel_dilation", dilation, len(window))
+    return tuple(
+        ((taps - 1) * step - low_padding(padding, axis, 0, taps, 1, step), 0)
+        for axis, (taps, step) in enumerate(zip(window, steps, strict=True))
+    )
 
 
 def low_padding(

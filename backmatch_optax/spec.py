@@ -41,10 +41,10 @@ from backmatch_optax._windows import (
     canonical_counts,
     canonical_padding,
     canonical_window,
-    inputs_inside,
     output_sizes,
     per_dimension,
     taps_inside,
+    transposed_padding,
     transposed_sizes,
 )
 
@@ -450,14 +450,17 @@ class ConvTranspose(_Windowed, _Linear):
         """Once for every position of the input, which it spreads over the output."""
         if isinstance(self.padding, str):
             return here.positions_in
-        return inputs_inside(
-            here.input_shape[:-1],
-            here.params["kernel"].shape[:-2],
+        window, dilation = here.params["kernel"].shape[:-2], self.kernel_dilation
+        # Little padding cuts the output off, and with it what some inputs spread.
+        uses, _ = taps_inside(
             here.output_shape[:-1],
+            window,
+            here.input_shape[:-1],
             strides=1 if self.strides is None else self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
+            padding=transposed_padding(window, self.padding, dilation),
+            dilation=dilation,
         )
+        return uses
 
 
 class _Normalisation(Link):
