@@ -708,36 +708,28 @@ def test_unlisted_has_two_values(call, value):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda value: bmo.layer_scales(concrete(), FIT, gains=value),
-        lambda value: bmo.describe(FIT, concrete(), gains=value),
-        lambda value: bmo.scale_by_backmatch(FIT, gains=value).init(concrete()),
-        lambda value: bmo.backmatch_sgd(0.1, FIT, gains=value).init(concrete()),
+        lambda **option: bmo.layer_scales(concrete(), FIT, **option),
+        lambda **option: bmo.describe(FIT, concrete(), **option),
+        lambda **option: bmo.scale_by_backmatch(FIT, **option).init(concrete()),
+        lambda **option: bmo.backmatch_sgd(0.1, FIT, **option).init(concrete()),
     ],
     ids=["layer_scales", "describe", "init", "alias"],
 )
-@pytest.mark.parametrize("value", ["exact", None, ["paper"]], ids=str)
-def test_gains_has_two_values(call, value):
-    expected = re.escape(f"gains (={value!r}) must be 'paper' or 'mean_field'")
-    with pytest.raises(ValueError, match=expected) as info:
-        call(value)
-    assert_is_a_message_of_the_package(info)
-
-
 @pytest.mark.parametrize(
-    "call",
+    ("option", "value", "wanted"),
     [
-        lambda value: bmo.layer_scales(concrete(), FIT, norm_floor=value),
-        lambda value: bmo.describe(FIT, concrete(), norm_floor=value),
-        lambda value: bmo.scale_by_backmatch(FIT, norm_floor=value).init(concrete()),
-        lambda value: bmo.backmatch_sgd(0.1, FIT, norm_floor=value).init(concrete()),
+        *(("gains", v, "'paper' or 'mean_field'") for v in ("exact", None, ["paper"])),
+        *(
+            ("norm_floor", v, "a finite number of at least 0")
+            for v in (-0.1, math.nan, math.inf, "0.1", None)
+        ),
     ],
-    ids=["layer_scales", "describe", "init", "alias"],
+    ids=str,
 )
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "0.1", None], ids=str)
-def test_a_floor_is_a_finite_number(call, value):
-    expected = re.escape(f"norm_floor (={value!r}) must be a finite number of at least")
+def test_options_have_the_values_they_may_have(call, option, value, wanted):
+    expected = re.escape(f"{option} (={value!r}) must be {wanted}")
     with pytest.raises(ValueError, match=expected) as info:
-        call(value)
+        call(**{option: value})
     assert_is_a_message_of_the_package(info)
 
 
