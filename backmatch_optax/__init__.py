@@ -8,24 +8,24 @@ one line to the `optax.chain` you have.
 from importlib.metadata import version as _version
 
 from backmatch_optax import exact, local_hessian, spec
-from backmatch_optax._alias import backmatch_sgd
-from backmatch_optax._compare import ScaleComparison, compare_scales
-from backmatch_optax._describe import describe
-from backmatch_optax._infer import infer_spec
-from backmatch_optax._keep_norms import keep_norms
-from backmatch_optax._layer_scales import layer_scales
-from backmatch_optax._locate import check_spec
-from backmatch_optax._measure import (
+from backmatch_optax.comparison import ScaleComparison, compare_scales
+from backmatch_optax.infer import infer_spec
+from backmatch_optax.kept_norms import keep_norms
+from backmatch_optax.measured import (
     MeasuredLayerScales,
     ScaleByMeasuredBackmatchState,
     measure_layer_scales,
     scale_by_measured_backmatch,
 )
-from backmatch_optax._transform import (
+from backmatch_optax.optimizers import (
     ScaleByBackmatchState,
+    backmatch_sgd,
     scale_by_backmatch,
     scale_by_lsalr,
 )
+from backmatch_optax.parameters import check_spec
+from backmatch_optax.scales import layer_scales
+from backmatch_optax.tables import describe
 
 __version__ = _version("backmatch-optax")
 

@@ -27,7 +27,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import backmatch_optax as bmo
-from backmatch_optax import _moments, spec
+from backmatch_optax import moments as _moments
+from backmatch_optax import spec
 from examples import data, distributed, methods, models
 
 pytestmark = pytest.mark.usefixtures("optimized")

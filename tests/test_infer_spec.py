@@ -20,7 +20,8 @@ from zoo_linen import Call
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
-from backmatch_optax._infer import infer_spec
+from backmatch_optax.infer import infer_spec
+from backmatch_optax.spec.elementwise import ACTIVATIONS
 from examples.models import MODELS, vgg_spec
 
 IMAGES = (2, 8, 8, 6)
@@ -209,7 +210,7 @@ def test_pre_activation_network(model):
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in spec.ACTIVATIONS if name not in ("identity", "swish", "celu")],
+    [name for name in ACTIVATIONS if name not in ("identity", "swish", "celu")],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_activations(name, dtype):

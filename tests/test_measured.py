@@ -13,9 +13,10 @@ import optax
 import pytest
 
 import backmatch_optax as bmo
-from backmatch_optax import _moments, spec
-from backmatch_optax._layer_scales import walk
-from backmatch_optax._positive import evaluate, number
+from backmatch_optax import moments as _moments
+from backmatch_optax import spec
+from backmatch_optax.powers import evaluate, number
+from backmatch_optax.scales import walk
 
 KEY = jax.random.key(0)
 

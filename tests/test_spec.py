@@ -21,9 +21,10 @@ from flax import nnx
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
-from backmatch_optax._moments import Moments  # the types that rules are about
-from backmatch_optax._positive import Positive
-from backmatch_optax._site import Site
+from backmatch_optax.moments import Moments  # the types that rules are about
+from backmatch_optax.powers import Positive
+from backmatch_optax.spec.elementwise import ACTIVATIONS
+from backmatch_optax.spec.link import Site
 
 
 def squared_norm(params: Mapping[str, Any]) -> jax.Array:
@@ -201,7 +202,7 @@ def test_pools_have_flaxs_defaults(link, function):
         assert field.default == expected, field.name
 
 
-@pytest.mark.parametrize("name", spec.ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_functions_of_flax(name):
     assert name == "identity" or callable(getattr(nn, name))
 

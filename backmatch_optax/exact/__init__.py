@@ -39,9 +39,9 @@ name: they need Flax.
 solution by one gradient step.
 """
 
-from backmatch_optax.exact._batch_norm import batch_norm, batch_statistics, relu
-from backmatch_optax.exact._linear import conv, dense, second_moment
-from backmatch_optax.exact._procedure import procedure_1
+from backmatch_optax.exact.linear import conv, dense, second_moment
+from backmatch_optax.exact.normalisation import batch_norm, batch_statistics, relu
+from backmatch_optax.exact.procedure import procedure_1
 
 __all__ = [
     "batch_norm",

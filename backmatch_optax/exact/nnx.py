@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from backmatch_optax import exact
-from backmatch_optax.exact._running import averaged, check_decay
+from backmatch_optax.exact.running import averaged, check_decay
 
 __all__ = ["BatchNorm", "Conv", "Linear", "SecondMoment"]
 

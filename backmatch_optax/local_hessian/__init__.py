@@ -35,7 +35,7 @@ ones.
 Needs matfree: `pip install "backmatch-optax[local-hessian]"`.
 """
 
-from backmatch_optax.local_hessian._estimates import (
+from backmatch_optax.local_hessian.estimates import (
     Condition,
     MeanDiagonal,
     Spectrum,
@@ -44,16 +44,16 @@ from backmatch_optax.local_hessian._estimates import (
     mean_diagonal,
     spectrum,
 )
-from backmatch_optax.local_hessian._marchenko_pastur import (
+from backmatch_optax.local_hessian.marchenko_pastur import (
     MarchenkoPastur,
     marchenko_pastur,
 )
-from backmatch_optax.local_hessian._operator import (
+from backmatch_optax.local_hessian.operator import (
     LocalHessian,
     input_hessian,
     weight_hessian,
 )
-from backmatch_optax.local_hessian._report import BlockReport, Report, report
+from backmatch_optax.local_hessian.reports import BlockReport, Report, report
 
 __all__ = [
     "BlockReport",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
-from backmatch_optax._moments import Moments
-from backmatch_optax._positive import Positive
-from backmatch_optax._site import Site
+from backmatch_optax.moments import Moments
+from backmatch_optax.powers import Positive
+from backmatch_optax.spec.link import Site
 
 
 def forward(sites: Sequence[Site], moments: Moments) -> Moments:
     """Carries the moments of the signal from the input to the output."""
     for site in sites:
         site.moments = moments
+        site.arm_moments = [forward(arm, moments) for arm in site.arms.values()]
         moments = site.link.moments_after(site)
     return moments
 
@@ -25,7 +28,12 @@ def backward(sites: Sequence[Site], m: Positive) -> Positive:
     """
     for site in reversed(sites):
         site.m = m
-        m = site.link.backward_factor(site)
+        if site.arms:
+            m = functools.reduce(
+                operator.add, (backward(arm, m) for arm in site.arms.values())
+            )
+        else:
+            m = m * site.link.m_z(site)
     return m
 
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backmatch_optax import _windows
-from backmatch_optax._positive import wide
-from backmatch_optax._windows import Padding, PerDimension
+from backmatch_optax.numerics import wide
+from backmatch_optax.spec import windows as _windows
+from backmatch_optax.spec.windows import Padding, PerDimension
 
 _PADDINGS = ("SAME", "VALID", "CIRCULAR", "CAUSAL")
 

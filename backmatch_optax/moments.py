@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax._positive import Positive, magnitudes, measured, number
+from backmatch_optax.powers import Positive, magnitudes, measured, number
 
 Gains = Literal["paper", "mean_field"]
 

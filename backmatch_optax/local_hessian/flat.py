@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from backmatch_optax.local_hessian._operator import (
+from backmatch_optax.local_hessian.operator import (
     LocalHessian,
     output_at,
     product_with,

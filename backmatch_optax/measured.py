@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backmatch_optax._param_paths import (
+from backmatch_optax.numerics import checked_count, scaled
+from backmatch_optax.parameters import (
     ParamPaths,
     is_masked,
     listed,
@@ -18,7 +18,6 @@ from backmatch_optax._param_paths import (
     refuse_parts,
     text,
 )
-from backmatch_optax._transform import scaled
 
 LayerOf = Callable[[str], str]
 
@@ -113,17 +112,6 @@ def measure_layer_scales(
     return MeasuredLayerScales(
         dict(zip(sizes, scales, strict=True)), dict(zip(sizes, errors, strict=True))
     )
-
-
-def checked_count(name: str, count: Any) -> int:
-    """An int of at least 1, or `ValueError`."""
-    try:
-        number = operator.index(count)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} (={count!r}) must be an int of at least 1")
-    return number
 
 
 def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:

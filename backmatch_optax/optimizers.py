@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from backmatch_optax import spec as _spec
-from backmatch_optax._layer_scales import (
+from backmatch_optax.moments import Gains
+from backmatch_optax.numerics import frobenius_norm, scaled, wide
+from backmatch_optax.parameters import (
+    Unlisted,
+    check_spec,
+    is_leafless,
+    refuse_parts,
+    text,
+)
+from backmatch_optax.scales import (
     NORM_FLOOR,
     check_gains,
     check_norm_floor,
@@ -17,10 +27,6 @@ from backmatch_optax._layer_scales import (
     scale_of_params,
     walk,
 )
-from backmatch_optax._locate import Unlisted, check_spec
-from backmatch_optax._moments import Gains
-from backmatch_optax._param_paths import is_leafless, refuse_parts, text
-from backmatch_optax._positive import wide
 
 
 class ScaleByBackmatchState(NamedTuple):
@@ -191,25 +197,6 @@ def _find(scales: dict[str, jax.Array], path: str) -> jax.Array | None:
     return scales[path]
 
 
-def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """An update times its scale, in its own dtype; without a scale as it is."""
-    if scale is None:
-        return update
-    if jnp.iscomplexobj(update):
-        return (update * scale).astype(update.dtype)
-    # In the wider of the two dtypes: a scale above 65504 is no float16.
-    dtype = wide(update.dtype, scale.dtype)
-    return (update.astype(dtype) * scale.astype(dtype)).astype(update.dtype)
-
-
-def frobenius_norm(entries: jax.Array) -> jax.Array:
-    """The root of the sum of squares, also where squares would leave the dtype."""
-    largest = jnp.max(jnp.abs(entries), initial=0)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    # All axes at once: a reshape would gather, or refuse, a sharded array.
-    return unit * jnp.sqrt(jnp.sum(jnp.square(entries / unit)))
-
-
 def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each array's gradient by `1 + log(1 + 1 / norm)`, its own norm.
 
@@ -267,3 +254,77 @@ def _scaled_by_own_norm(update: jax.Array) -> jax.Array:
         norm > 1, jnp.log1p(1 / norm), jnp.log1p(norm) - jnp.log(norm)
     )
     return scaled(update, jnp.where(norm > 0, 1 + logarithm, 1))
+
+
+def backmatch_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: _spec.LayerChain,
+    *,
+    momentum: float | None = 0.9,
+    nesterov: bool = True,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    gains: Gains = "paper",
+    norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
+    normalize: bool = False,
+    unlisted: Unlisted = "error",
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with layer-wise rates from back-matching propagation.
+
+    Weight decay, then the scale, then Nesterov momentum: the order that BM 3.2 found
+    better. The scale therefore multiplies the decay too. It equals::
+
+      optax.chain(
+          optax.add_decayed_weights(weight_decay, weight_decay_mask),
+          backmatch_optax.scale_by_backmatch(spec),
+          optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+      )
+
+    Args:
+      learning_rate: the global learning rate, a number or a schedule.
+      spec: the declared layer chain of the model.
+      momentum: the decay of the momentum buffer, in [0, 1); None for no momentum.
+      nesterov: whether the momentum is Nesterov's.
+      weight_decay: what each parameter is multiplied by before it is added to its
+        gradient.
+      weight_decay_mask: a tree with booleans, or a function from parameters to one,
+        that tells which parameters decay; None for all.
+      gains: `"paper"`, or `"mean_field"` for exact Gaussian gains; see `layer_scales`.
+      norm_floor: the least that a scale divides by; see `layer_scales`.
+      normalize: divides the scales by their mean, so that SGD's learning rate carries
+        over; see `layer_scales`.
+      unlisted: `"error"`, or `"identity"` to leave the gradients of parameters that no
+        declared layer covers as they are.
+
+    Returns:
+      The optimizer; its `update` needs `params`.
+
+    Raises:
+      ValueError: in `init`, where the chain does not fit the parameters (see
+        `check_spec`); in `update`, where `params` is None.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> net = spec.LayerChain([spec.Dense("fc1")], input_shape=(4,))
+      >>> params = {"fc1": {"kernel": jnp.ones((4, 2))}}
+      >>> tx = bmo.backmatch_sgd(0.02, net, weight_decay=5e-4)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+
+    References:
+      Zhang, Chen, Liu, `Train Feedforward Neural Network with Layer-wise Adaptive Rate
+      via Approximating Back-matching Propagation
+      <https://arxiv.org/abs/1802.09750>`_, 2018
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, weight_decay_mask),
+        scale_by_backmatch(
+            spec,
+            gains=gains,
+            norm_floor=norm_floor,
+            normalize=normalize,
+            unlisted=unlisted,
+        ),
+        optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+    )

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backmatch_optax._positive import wide
-from backmatch_optax.exact._linear import _check_floating
+from backmatch_optax.exact.linear import _check_floating
+from backmatch_optax.numerics import wide
 
 
 def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:

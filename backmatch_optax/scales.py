@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from backmatch_optax import _recursion
+from backmatch_optax import recursion
 from backmatch_optax import spec as _spec
-from backmatch_optax._locate import Unlisted, locate
-from backmatch_optax._moments import Gains, Moments
-from backmatch_optax._param_paths import join, refuse_parts, text
-from backmatch_optax._positive import Positive, evaluate, number, stacked, wide
-from backmatch_optax._site import Site
+from backmatch_optax.moments import Gains, Moments
+from backmatch_optax.numerics import wide
+from backmatch_optax.parameters import Unlisted, join, locate, refuse_parts, text
+from backmatch_optax.powers import Positive, evaluate, number, stacked
+from backmatch_optax.spec.link import Site
 
 # It matters where training starts from zeros, a zero-initialised head or last BatchNorm
 # of a residual branch: what lies behind is scaled by the norm's reciprocal while its
@@ -124,9 +124,9 @@ def walk(
         site.mean_field = gains == "mean_field"
     # The input counts as whitened, and the derivative of the loss with respect to the
     # network's output as the wanted change of it (BM 3.2).
-    _recursion.mark_centred(sites)
-    _recursion.forward(sites, Moments(number(1.0)))
-    _recursion.backward(sites, number(1.0))
+    recursion.mark_centred(sites)
+    recursion.forward(sites, Moments(number(1.0)))
+    recursion.backward(sites, number(1.0))
     return sites
 
 
@@ -178,11 +178,11 @@ def scale_of_params(
     for site in filter(_owns_params, every(sites)):
         link: Any = site.link
         if link.owns_subtree:
-            numbers[link.path] = _recursion.scale(site, "")
+            numbers[link.path] = recursion.scale(site, "")
             leaves[link.path] = jax.tree.leaves(dict(site.params))
             continue
         for role, leaf in site.params.items():
-            numbers[join(link.path, role)] = _recursion.scale(site, role)
+            numbers[join(link.path, role)] = recursion.scale(site, role)
             leaves[join(link.path, role)] = [leaf]
     dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
     values = evaluate(list(numbers.values()), dtype, floor=norm_floor)

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax._measure import checked_count
-from backmatch_optax.local_hessian._flat import (
+from backmatch_optax.local_hessian.flat import (
     MOST_ENTRIES,
     epsilon,
     exhaustion,
@@ -20,7 +19,8 @@ from backmatch_optax.local_hessian._flat import (
     flatten,
     is_small,
 )
-from backmatch_optax.local_hessian._operator import LocalHessian
+from backmatch_optax.local_hessian.operator import LocalHessian
+from backmatch_optax.numerics import checked_count
 
 # In epsilons, relative to the largest: a singular value below it is a rounding error
 # (those of rank-deficient blocks are within one epsilon).

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from backmatch_optax import spec as _spec
-from backmatch_optax._locate import locate
-from backmatch_optax._param_paths import is_leafless, join, refuse_parts, text
-from backmatch_optax._positive import wide
-from backmatch_optax._site import Site
-from backmatch_optax._transform import frobenius_norm, scaled
+from backmatch_optax.numerics import wide
+from backmatch_optax.optimizers import frobenius_norm, scaled
+from backmatch_optax.parameters import is_leafless, join, locate, refuse_parts, text
+from backmatch_optax.spec.link import Site
 
 # Fields and types in the states of Optax's optimizers whose steps do not grow with the
 # kernel: most of them hold second moments.

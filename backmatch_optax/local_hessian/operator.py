@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from backmatch_optax._param_paths import text
+from backmatch_optax.parameters import text
 
 BlockFn = Callable[[Any, jax.Array], jax.Array]
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from backmatch_optax import _infer_graph as graph
 from backmatch_optax import spec as _spec
-from backmatch_optax._infer_graph import Node
-from backmatch_optax._infer_links import chain
-from backmatch_optax._infer_steps import Unknown, above, module_path
-from backmatch_optax._param_paths import text
+from backmatch_optax.infer import graph
+from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.links import chain
+from backmatch_optax.infer.steps import Unknown, above, module_path
+from backmatch_optax.parameters import text
 
 _OUT = (
     "Write the chain by hand with a spec.Block for it, or pass "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from backmatch_optax.spec.link import Link, Shape
 
 # Paddings whose output size is ceil(input / stride), as Flax implements them.
 SIZE_KEEPING = ("SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
@@ -228,3 +230,36 @@ def transposed_sizes(
             for size, extent, stride in zip(spread, extents, strides, strict=True)
         )
     return output_sizes(spread, window, padding=padding, dilation=dilation)
+
+
+def checked_shape(name: str, shape: Any) -> Shape:
+    try:
+        return canonical_window(name, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} (={shape!r}) must be a sequence of positive ints without the "
+            "batch dimension and with the features last, such as (32, 32, 3)"
+        ) from None
+
+
+class Windowed(Link):
+    """What links with a window share: arguments that may have an entry a dimension."""
+
+    _in_full: Mapping[str, Sequence[Any]]
+
+    def _canonical_entries(self, **arguments: Any) -> None:
+        """As `_canonical`; remembers how many entries the user wrote.
+
+        Equal entries become one, and how many dimensions there are is not known yet.
+        """
+        written = {name: getattr(self, name) for name in arguments}
+        in_full = {
+            name: tuple(value)
+            for name, value in written.items()
+            if isinstance(value, Sequence) and not isinstance(value, str)
+        }
+        self._canonical(**arguments, _in_full=in_full)
+
+    def _check_entries(self, input_shape: Shape) -> None:
+        for name, value in self._in_full.items():
+            per_dimension(name, value, len(input_shape) - 1)

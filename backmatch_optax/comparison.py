@@ -11,11 +11,11 @@ import jax
 import optax
 
 from backmatch_optax import spec as _spec
-from backmatch_optax._layer_scales import every, layer_scales, main_path
-from backmatch_optax._locate import Unlisted, locate
-from backmatch_optax._measure import measure_layer_scales
-from backmatch_optax._moments import Gains
-from backmatch_optax._site import Site
+from backmatch_optax.measured import measure_layer_scales
+from backmatch_optax.moments import Gains
+from backmatch_optax.parameters import Unlisted, locate
+from backmatch_optax.scales import every, layer_scales, main_path
+from backmatch_optax.spec.link import Site
 
 
 class ScaleComparison(NamedTuple):

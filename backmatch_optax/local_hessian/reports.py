@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax.local_hessian._estimates import (
+from backmatch_optax.local_hessian.estimates import (
     NUM_MATVECS,
     Condition,
     MeanDiagonal,
@@ -18,8 +18,8 @@ from backmatch_optax.local_hessian._estimates import (
     condition,
     mean_diagonal,
 )
-from backmatch_optax.local_hessian._flat import factor_rows, is_small
-from backmatch_optax.local_hessian._operator import (
+from backmatch_optax.local_hessian.flat import factor_rows, is_small
+from backmatch_optax.local_hessian.operator import (
     BlockFn,
     LocalHessian,
     input_hessian,

@@ -117,12 +117,6 @@ class Positive:
         return shared * Positive(0.0, {total: 1})
 
 
-def wide(*dtypes: jnp.dtype) -> jnp.dtype:
-    """The dtype to compute in: float32, or float64 where one of them is."""
-    widest = max((jnp.finfo(dtype).bits for dtype in dtypes), default=32)
-    return jnp.dtype(jnp.float64 if widest == 64 else jnp.float32)
-
-
 def number(value: float) -> Positive:
     """A static positive number."""
     return Positive(math.log(value))

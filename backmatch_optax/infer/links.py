@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import spec as _spec
-from backmatch_optax._infer_graph import Node
-from backmatch_optax._infer_steps import Step, Unknown, steps_between
-from backmatch_optax._site import Shape
-from backmatch_optax._windows import low_padding
+from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.steps import Step, Unknown, steps_between
+from backmatch_optax.spec.link import Shape
+from backmatch_optax.spec.windows import low_padding
 
 
 def chain(

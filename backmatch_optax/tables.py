@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from backmatch_optax import _recursion
+from backmatch_optax import recursion
 from backmatch_optax import spec as _spec
-from backmatch_optax._layer_scales import NORM_FLOOR, check_norm_floor, walk
-from backmatch_optax._locate import Unlisted
-from backmatch_optax._moments import Gains
-from backmatch_optax._positive import Positive, evaluate
-from backmatch_optax._site import Site
-from backmatch_optax._windows import shape_text
+from backmatch_optax.moments import Gains
+from backmatch_optax.parameters import Unlisted
+from backmatch_optax.powers import Positive, evaluate
+from backmatch_optax.scales import NORM_FLOOR, check_norm_floor, walk
+from backmatch_optax.spec.link import Site
+from backmatch_optax.spec.windows import shape_text
 
 _HEADER = ("layer", "path", "kernel", "output", "positions", "q", "m", "scale")
 
@@ -95,7 +95,7 @@ def _rows(
         scale = kernel = ""
         if site.params:
             role = next(iter(site.params))
-            scale = _figure(_recursion.scale(site, role), norm_floor)
+            scale = _figure(recursion.scale(site, role), norm_floor)
             if link.owns_subtree:
                 kernel = f"{len(jax.tree.leaves(site.params))} arrays"
             else:

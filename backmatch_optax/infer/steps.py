@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax import _infer_graph as graph
 from backmatch_optax import spec as _spec
-from backmatch_optax._infer_graph import SIGNAL, Node, Piece
-from backmatch_optax._site import Shape
+from backmatch_optax.infer import graph
+from backmatch_optax.infer.graph import SIGNAL, Node, Piece
+from backmatch_optax.spec.elementwise import ACTIVATIONS
+from backmatch_optax.spec.link import Shape
 
 # What stands behind primitives that no link describes.
 MEANINGS = {
@@ -455,7 +456,7 @@ def _activations(dtype: Any) -> list[tuple[str, Any]]:
     """What every known activation makes of the samples, constants in a dtype."""
     functions = [
         (name, getattr(jax.nn, name))
-        for name in _spec.ACTIVATIONS
+        for name in ACTIVATIONS
         if name not in ("identity", "swish", "celu")  # of one value with others
     ]
     functions.append(("gelu", functools.partial(jax.nn.gelu, approximate=False)))

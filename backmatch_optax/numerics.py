@@ -1,0 +1,45 @@
+"""Dtypes, norms and counts that several modules need."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def wide(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The dtype to compute in: float32, or float64 where one of them is."""
+    widest = max((jnp.finfo(dtype).bits for dtype in dtypes), default=32)
+    return jnp.dtype(jnp.float64 if widest == 64 else jnp.float32)
+
+
+def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """An update times its scale, in its own dtype; without a scale as it is."""
+    if scale is None:
+        return update
+    if jnp.iscomplexobj(update):
+        return (update * scale).astype(update.dtype)
+    # In the wider of the two dtypes: a scale above 65504 is no float16.
+    dtype = wide(update.dtype, scale.dtype)
+    return (update.astype(dtype) * scale.astype(dtype)).astype(update.dtype)
+
+
+def frobenius_norm(entries: jax.Array) -> jax.Array:
+    """The root of the sum of squares, also where squares would leave the dtype."""
+    largest = jnp.max(jnp.abs(entries), initial=0)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    # All axes at once: a reshape would gather, or refuse, a sharded array.
+    return unit * jnp.sqrt(jnp.sum(jnp.square(entries / unit)))
+
+
+def checked_count(name: str, count: Any) -> int:
+    """An int of at least 1, or `ValueError`."""
+    try:
+        number = operator.index(count)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} (={count!r}) must be an int of at least 1")
+    return number

@@ -1,0 +1,52 @@
+"""The declared layer chain: which layers a network has, from its input to its output.
+
+Every kind of layer is one class that states, for a link between its input and output,
+
+* `shape_after`: the shape of its output, without the batch dimension;
+* `moments_after`: the moments of its output, given those of its input;
+* `m_W` and `m_z`: its two local Hessians, each reduced to a scalar, the mean diagonal
+  of `J^T J`, where `J` is the Jacobian of the output with respect to one of its
+  parameters, or to its input.
+
+That is all the recursion needs, so a new kind of layer is one new class. Spellings and
+defaults are Flax's own, kernels are in Flax layout: Dense `(in, out)`, Conv
+`(*window, in / groups, out)`. Links are frozen, hashable and comparable, and their
+`repr` is the code that rebuilds them (functions of a `Block` by their names).
+
+Equation numbers: BM is Zhang, Chen and Liu, arXiv 1802.09750; LH is Zhang, Chen and
+Liu, "On the Local Hessian in Back-propagation", NeurIPS 2018.
+"""
+
+from backmatch_optax.moments import Moments
+from backmatch_optax.powers import Positive
+from backmatch_optax.spec.chain import LayerChain
+from backmatch_optax.spec.composite import Block, Residual
+from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
+from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
+from backmatch_optax.spec.link import Link, Site
+from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
+from backmatch_optax.spec.pool import AvgPool, Flatten, GlobalAvgPool, MaxPool
+
+__all__ = [
+    "Activation",
+    "AvgPool",
+    "BatchNorm",
+    "Block",
+    "Conv",
+    "ConvTranspose",
+    "Dense",
+    "Dropout",
+    "Flatten",
+    "GlobalAvgPool",
+    "GroupNorm",
+    "LayerChain",
+    "LayerNorm",
+    "Link",
+    "MaxPool",
+    "Moments",
+    "Positive",
+    "RMSNorm",
+    "Residual",
+    "Scale",
+    "Site",
+]

@@ -1,0 +1,86 @@
+"""The declared layer chain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from backmatch_optax.spec.composite import Block
+from backmatch_optax.spec.link import Link, checked_links, with_paths
+from backmatch_optax.spec.windows import checked_shape
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LayerChain:
+    """The chain of links a network consists of, from its input to its output.
+
+    Everything the transformation needs to know beside the parameters. Not callable and
+    not a pytree: a plain value, to be passed around, compared, hashed, printed and
+    pasted.
+
+    Args:
+      layers: the links, input to output.
+      input_shape: shape of one input without the batch dimension, channels last, such
+        as `(32, 32, 3)`.
+
+    Raises:
+      ValueError: where an entry of `layers` is not a link, two links own the same path,
+        or `input_shape` is not a sequence of positive ints.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> mlp = spec.LayerChain(
+      ...     [spec.Dense("fc1"), spec.Activation("relu"), spec.Dense("fc2")],
+      ...     input_shape=(64,),
+      ... )
+      >>> mlp
+      spec.LayerChain(
+          [
+              spec.Dense('fc1'),
+              spec.Activation('relu'),
+              spec.Dense('fc2'),
+          ],
+          input_shape=(64,),
+      )
+      >>> eval(repr(mlp)) == mlp
+      True
+    """
+
+    layers: Sequence[Link]
+    input_shape: Sequence[int] = dataclasses.field(kw_only=True)
+
+    def __post_init__(self):
+        layers = checked_links("layers", self.layers)
+        object.__setattr__(self, "layers", layers)
+        input_shape = checked_shape("input_shape", self.input_shape)
+        object.__setattr__(self, "input_shape", input_shape)
+        owners: dict[str, Any] = {}
+        for link in with_paths(layers):
+            if link.path in owners:
+                raise ValueError(
+                    f"LayerChain: two layers declare the path {link.path!r}: "
+                    f"{owners[link.path]} and {link}. A module used twice has no scale "
+                    "of its own; declare each path once."
+                )
+            owners[link.path] = link
+        for path, link in owners.items():
+            for block in owners.values():
+                inside = path.startswith(f"{block.path}/") or block.path == ""
+                if isinstance(block, Block) and block is not link and inside:
+                    raise ValueError(
+                        f"LayerChain: {link} lies inside {block}, which owns every "
+                        "parameter below its path"
+                    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all declared layers with parameters, input to output."""
+        return tuple(link.path for link in with_paths(self.layers))
+
+    def __repr__(self) -> str:
+        layers = "".join(f"        {link!r},\n" for link in self.layers)
+        listed = f"[\n{layers}    ]" if layers else "[]"
+        return (
+            f"spec.LayerChain(\n    {listed},\n    input_shape={self.input_shape},\n)"
+        )

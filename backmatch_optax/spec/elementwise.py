@@ -1,0 +1,124 @@
+"""Links that act on every entry alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+
+from backmatch_optax.moments import Moments, after_activation
+from backmatch_optax.powers import Positive, number
+from backmatch_optax.spec.link import Link, Site
+
+ACTIVATIONS = (
+    "celu",
+    "elu",
+    "gelu",
+    "hard_tanh",
+    "identity",
+    "leaky_relu",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softplus",
+    "swish",
+    "tanh",
+)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Activation(Link):
+    """An elementwise nonlinearity.
+
+    With the papers' gains it counts as 1 both ways, as in BM (31); with mean-field
+    gains as what it does to a Gaussian signal.
+
+    Args:
+      name: the name of the function in `flax.linen`, such as `"relu"` or `"tanh"`.
+
+    Raises:
+      ValueError: where the name is not known, with the nearest that are.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Activation("relu")
+      spec.Activation('relu')
+    """
+
+    name: str
+
+    def validate(self) -> None:
+        if self.name not in ACTIVATIONS:
+            near = difflib.get_close_matches(str(self.name), ACTIVATIONS, n=3)
+            hint = f"Nearest: {', '.join(map(repr, near))}. " if near else ""
+            raise ValueError(
+                f"name (={self.name!r}) is not known. {hint}"
+                f"Known: {', '.join(map(repr, ACTIVATIONS))}."
+            )
+
+    def centres(self, centred: bool) -> bool:
+        return centred and self.name == "identity"
+
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return after_activation(self.name, here.moments)[0]
+
+    def m_z(self, here: Site) -> Positive:
+        if not here.mean_field:
+            return number(1.0)
+        return after_activation(self.name, here.moments)[1]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Dropout(Link):
+    """Dropout, which keeps the mean of signal and gradient: the identity here.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Dropout()
+      spec.Dropout()
+    """
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Scale(Link):
+    """Multiplication by a constant, such as `0.5 * x` or a division by `sqrt(2)`.
+
+    Only the square of the constant counts. With mean-field gains the difference of two
+    signals, a `Residual` with `Scale(-1)`, is therefore taken for their sum: where both
+    have a mean in common, as after ReLUs, its second moment comes out too large, by up
+    to a factor of about 2.
+
+    Args:
+      factor: the constant, not zero.
+
+    Raises:
+      ValueError: where it is not a finite number other than zero.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Scale(0.5)
+      spec.Scale(0.5)
+    """
+
+    factor: float
+
+    def validate(self) -> None:
+        factor = self.factor
+        if not isinstance(factor, numbers.Real) or not 0.0 < abs(factor) < math.inf:
+            raise ValueError(
+                f"factor (={factor!r}) must be a finite number other than zero"
+            )
+        self._canonical(factor=float(factor))
+
+    def moments_after(self, here: Site) -> Moments:
+        return here.moments * self.factor**2
+
+    def m_z(self, here: Site) -> Positive:
+        del here
+        return number(self.factor**2)

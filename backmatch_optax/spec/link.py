@@ -1,0 +1,252 @@
+"""A link of the chain, and the place where its rules are asked: `Link`, `Site`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from backmatch_optax.moments import Moments
+from backmatch_optax.numerics import wide
+from backmatch_optax.powers import Positive, measured, number
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """A link between its input and its output, with the parameters it owns.
+
+    Shapes carry no batch dimension; the last axis holds the features, all others are
+    positions. The recursion's two passes write `moments`, of the incoming signal, and
+    `m`, the backward factor at the output.
+    """
+
+    link: Link
+    label: str  # how error messages and tables call it
+    input_shape: Shape
+    output_shape: Shape
+    params: Mapping[str, Any]  # by role, "kernel"; a Block's are nested dicts
+    arms: Mapping[str, list[Site]]  # of a link that holds chains itself
+    mean_field: bool = False  # exact Gaussian gains instead of the papers'
+    centred: bool = False  # whether cotangents at the output have mean zero
+    moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
+    arm_moments: Sequence[Moments] = ()  # at the outputs of the arms
+    m: Positive = dataclasses.field(default_factory=lambda: number(1.0))
+    _row_norms: dict[str, Positive] = dataclasses.field(default_factory=dict)
+
+    @property
+    def q(self) -> Positive:
+        """The second moment of the incoming signal."""
+        return self.moments.q
+
+    @property
+    def fan_in(self) -> int:
+        """Features of the input; kernel taps do not count (BM: rows of W_col)."""
+        return self.input_shape[-1]
+
+    @property
+    def fan_out(self) -> int:
+        """Features of the output (BM: rows of W_row)."""
+        return self.output_shape[-1]
+
+    @property
+    def positions_in(self) -> int:
+        """Positions of the input."""
+        return math.prod(self.input_shape[:-1])
+
+    @property
+    def positions_out(self) -> int:
+        """Positions of the output."""
+        return math.prod(self.output_shape[:-1])
+
+    @property
+    def size_in(self) -> int:
+        """Coordinates of the input."""
+        return math.prod(self.input_shape)
+
+    @property
+    def size_out(self) -> int:
+        """Coordinates of the output."""
+        return math.prod(self.output_shape)
+
+    def squared_row_norm(self, role: str) -> Positive:
+        """BM's `||W||^2_{2,mu}`: the mean over output features of `||w||^2`.
+
+        Flax keeps the output features on the last axis of every parameter, so for a
+        BatchNorm's scale or bias this is its mean square. Every call returns the same
+        atom, so that norms cancel.
+        """
+        if role not in self._row_norms:
+            mean = _mean_over_last(self.params[role])
+            self._row_norms[role] = measured(mean, is_norm=True)
+        return self._row_norms[role]
+
+
+@jax.jit  # traced once for every shape, not for every layer
+def _mean_over_last(leaf: jax.Array) -> jax.Array:
+    # At least float32: squares overflow float16 from 256 on. One plain reduction over
+    # all axes: a reshape would gather, or refuse, a sharded kernel.
+    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) / leaf.shape[-1]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Link:
+    """Base of all links; as it stands, a link without parameters that changes nothing.
+
+    Subclass it, as a frozen dataclass with `repr=False`, to add a kind of layer. Each
+    rule gets a `Site` with `input_shape`, `output_shape`, `params`, `q`, and counts and
+    norms in the papers' terms.
+
+    Examples:
+      >>> import dataclasses
+      >>> import jax.numpy as jnp
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> @dataclasses.dataclass(frozen=True, repr=False)
+      ... class LayerScale(spec.Link):  # multiplies every feature by a learned gamma
+      ...     path: str
+      ...     roles = required_roles = ("gamma",)
+      ...
+      ...     def moments_after(self, here):
+      ...         return here.moments * here.squared_row_norm("gamma")
+      ...
+      ...     def m_W(self, here, role):
+      ...         return here.q * here.positions_out  # an entry meets every position
+      ...
+      ...     def m_z(self, here):
+      ...         return here.squared_row_norm("gamma")
+      >>> links = [LayerScale("scale"), spec.Dense("fc")]
+      >>> chain = spec.LayerChain(links, input_shape=(4,))
+      >>> gamma, kernel = jnp.full(4, 2.0), jnp.ones((4, 8))
+      >>> params = {"scale": {"gamma": gamma}, "fc": {"kernel": kernel}}
+      >>> for path, scale in bmo.layer_scales(params, chain).items():
+      ...     print(path, scale.round(4))
+      scale 0.125
+      fc 0.25
+    """
+
+    # The parameters it owns, by the names Flax gives them: the first decides the
+    # layer's own scale. Those in `required_roles` must be there.
+    roles: ClassVar[tuple[str, ...]] = ()
+    required_roles: ClassVar[tuple[str, ...]] = ()
+    owns_subtree: ClassVar[bool] = False  # every parameter below its path instead
+
+    def __post_init__(self):
+        try:
+            self.validate()
+        except ValueError as error:
+            name = repr(self)
+            name = name if len(name) <= 80 else f"{name[:80]}..."
+            raise ValueError(f"{name}: {error}") from None
+
+    def validate(self) -> None:
+        """Checks, and may normalise, the arguments; raises `ValueError`."""
+
+    @property
+    def arms(self) -> Mapping[str, Sequence[Link]]:
+        """The chains that the link itself consists of, side by side, by name."""
+        return {}
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """Shape of the output; raises `ValueError` where something does not fit."""
+        del param_shapes
+        return input_shape
+
+    def moments_after(self, here: Site) -> Moments:
+        """Moments of the output, means over all its coordinates."""
+        return here.moments
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        """Weight curvature: the mean diagonal of `J^T J` for one of its parameters."""
+        raise NotImplementedError(f"{type(self).__name__} has no parameter {role!r}")
+
+    def m_z(self, here: Site) -> Positive:
+        """Input curvature: the mean diagonal of `J^T J` for its input."""
+        del here
+        return number(1.0)
+
+    def centres(self, centred: bool) -> bool:
+        """Whether what it hands back has mean zero over the batch, for every unit.
+
+        True of a BatchNorm; a linear link keeps what it gets, which is the default.
+        """
+        return centred
+
+    def __repr__(self) -> str:
+        arguments = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is type(field.default) and value == field.default:
+                continue
+            text = getattr(value, "__qualname__", None) or repr(value)
+            arguments.append(f"{field.name}={text}" if field.kw_only else text)
+        name = type(self).__name__
+        ours = type(self).__module__.startswith("backmatch_optax.spec.")
+        module = "spec." if ours else ""
+        return f"{module}{name}({', '.join(arguments)})"
+
+    def _canonical(self, **fields: Any) -> None:
+        """Writes normalised arguments into the frozen dataclass."""
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+
+def kind_of(value: Any) -> str:
+    """What a wrong argument is, for an error message; short whatever it holds."""
+    if value is None:
+        return "None"
+    if isinstance(value, str | int | float):
+        return f"{value!r}, a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"a {module}{kind.__qualname__}"
+
+
+def with_paths(links: Iterable[Link]) -> Iterator[Any]:
+    """The links with parameters, those inside other links too, input to output."""
+    for link in links:
+        if getattr(link, "path", None) is not None:
+            yield link
+        for arm in link.arms.values():
+            yield from with_paths(arm)
+
+
+def checked_links(name: str, links: Any) -> tuple[Link, ...]:
+    if isinstance(links, Link) or not isinstance(links, Iterable):
+        raise ValueError(f"{name} must be a sequence of links, but it is {links!r}")
+    links = tuple(links)
+    for index, link in enumerate(links):
+        if not isinstance(link, Link):
+            raise ValueError(
+                f"{name}[{index}] must be a link such as spec.Dense('Dense_0'), but it "
+                f"is {kind_of(link)}"
+            )
+    return links
+
+
+def check_path(path: Any) -> None:
+    if not isinstance(path, str):
+        raise ValueError(
+            f"path (={path!r}) must be a string such as 'Dense_0' or 'Block_0/Conv_1', "
+            f"but it is a {type(path).__name__}"
+        )
+    if path and "" in path.split("/"):
+        raise ValueError(
+            f"path (={path!r}) must be names joined by single slashes, such as "
+            "'Block_0/Conv_1', without one at either end"
+        )
+
+
+def check_vector(role: str, param_shapes: Mapping[str, Shape], features: int) -> None:
+    shape = param_shapes.get(role)
+    if shape is not None and shape != (features,):
+        raise ValueError(f"its {role} has shape {shape}, but expected ({features},)")

@@ -1,0 +1,175 @@
+"""Links that move or pool positions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from backmatch_optax.moments import Moments, after_max_pool
+from backmatch_optax.powers import Positive, number
+from backmatch_optax.spec.link import Link, Shape, Site
+from backmatch_optax.spec.windows import (
+    Padding,
+    PerDimension,
+    Windowed,
+    canonical_counts,
+    canonical_padding,
+    canonical_window,
+    output_sizes,
+)
+
+
+class _Pool(Windowed):
+    """What MaxPool and AvgPool share: a window that slides over the positions."""
+
+    window_shape: Sequence[int]
+    strides: PerDimension | None
+    padding: Padding
+
+    def validate(self) -> None:
+        strides = self.strides
+        self._canonical_entries(
+            window_shape=canonical_window("window_shape", self.window_shape),
+            strides=None if strides is None else canonical_counts("strides", strides),
+            padding=canonical_padding(self.padding, ("VALID", "SAME", "SAME_LOWER")),
+        )
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """Positions of the window, the input's features."""
+        del param_shapes
+        if len(self.window_shape) != len(input_shape) - 1:
+            raise ValueError(
+                f"window_shape (={self.window_shape}) has {len(self.window_shape)} "
+                f"dimensions, but its input has {len(input_shape) - 1} spatial ones"
+            )
+        self._check_entries(input_shape)
+        sizes = output_sizes(
+            input_shape[:-1],
+            self.window_shape,
+            strides=1 if self.strides is None else self.strides,
+            padding=self.padding,
+        )
+        return (*sizes, input_shape[-1])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class MaxPool(_Pool):
+    """Max pooling, `flax.linen.max_pool`.
+
+    Args:
+      window_shape: the window, one int for each spatial dimension.
+      strides: an int for all dimensions, or one for each; None is a stride of 1, as in
+        Flax (so the usual pooling is `MaxPool((2, 2), strides=(2, 2))`).
+      padding: `"VALID"`, `"SAME"`, `"SAME_LOWER"`, an int, or an int or a (low, high)
+        pair for each dimension.
+
+    Raises:
+      ValueError: where an argument is none of these.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.MaxPool((2, 2), strides=(2, 2))
+      spec.MaxPool((2, 2), strides=2)
+    """
+
+    window_shape: Sequence[int]
+    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
+    padding: Padding = dataclasses.field(default="VALID", kw_only=True)
+
+    def m_z(self, here: Site) -> Positive:
+        # Each output hands its value to one input: BM's pooled `s` and `c` (BM 3.3).
+        handed = number(here.size_out / here.size_in)
+        if not here.mean_field:
+            return handed
+        return handed * after_max_pool(here.moments, math.prod(self.window_shape))[1]
+
+    def centres(self, centred: bool) -> bool:
+        del centred
+        return False  # which of the window is the largest depends on the example
+
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return after_max_pool(here.moments, math.prod(self.window_shape))[0]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class AvgPool(_Pool):
+    """Average pooling, `flax.linen.avg_pool`.
+
+    Args:
+      window_shape: the window, one int for each spatial dimension.
+      strides: an int for all dimensions, or one for each; None is a stride of 1, as in
+        Flax.
+      padding: `"VALID"`, `"SAME"`, `"SAME_LOWER"`, an int, or an int or a (low, high)
+        pair for each dimension.
+
+    Raises:
+      ValueError: where an argument is none of these.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.AvgPool((2, 2), strides=(2, 2), padding="SAME")
+      spec.AvgPool((2, 2), strides=2, padding='SAME')
+    """
+
+    window_shape: Sequence[int]
+    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
+    padding: Padding = dataclasses.field(default="VALID", kw_only=True)
+
+    def m_z(self, here: Site) -> Positive:
+        # Each output hands 1 / k of its value to k inputs: least squares, BM (11).
+        return number(here.size_out / here.size_in / math.prod(self.window_shape))
+
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return here.moments.averaged(math.prod(self.window_shape))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class GlobalAvgPool(Link):
+    """The mean over all positions, `x.mean(axis=(1, 2))` for images.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.GlobalAvgPool()
+      spec.GlobalAvgPool()
+    """
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """The features alone."""
+        del param_shapes
+        return input_shape[-1:]
+
+    def m_z(self, here: Site) -> Positive:
+        # One window of all positions: 1 / k of a value to k inputs.
+        return number(1.0 / here.positions_in**2)
+
+    def moments_after(self, here: Site) -> Moments:
+        if not here.mean_field:
+            return here.moments
+        return here.moments.averaged(here.positions_in)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Flatten(Link):
+    """All axes but the batch made one, `x.reshape((x.shape[0], -1))`.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Flatten()
+      spec.Flatten()
+    """
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """One axis."""
+        del param_shapes
+        return (math.prod(input_shape),)
