@@ -119,7 +119,7 @@ def compare_scales(
         raise ValueError(f"tolerance (={tolerance!r}) must be above 1")
     sites = [site for site in every(locate(spec, params, unlisted=unlisted))]
     declared = layer_scales(
-        params, spec, gains=gains, norm_floor=0.0, unlisted=unlisted
+        spec, params, gains=gains, norm_floor=0.0, unlisted=unlisted
     )
     owners = {main_path(site): site for site in sites if site.params}
     blocks = tuple(p for p, site in owners.items() if site.link.owns_subtree)

@@ -173,7 +173,7 @@ def scale_by_backmatch(
             )
         if is_leafless(params) and is_leafless(updates):
             return updates, state
-        sites = walk(params, spec, gains=gains, unlisted=unlisted)
+        sites = walk(spec, params, gains=gains, unlisted=unlisted)
         scales = scale_of_params(sites, norm_floor, normalize)
         scaled_updates = jax.tree_util.tree_map_with_path(
             lambda key_path, update: scaled(update, _find(scales, text(key_path))),

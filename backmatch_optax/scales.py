@@ -27,8 +27,8 @@ NORM_FLOOR = 0.1
 
 
 def layer_scales(
-    params: optax.Params,
     spec: _spec.LayerChain,
+    params: optax.Params,
     *,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
@@ -49,9 +49,9 @@ def layer_scales(
     one norm for each parameter, to be used under `jax.jit` or outside.
 
     Args:
+      spec: the declared chain.
       params: the model's parameters: nested dicts, FrozenDicts or an `nnx.State`, with
         arrays of real floating dtype.
-      spec: the declared chain.
       gains: what a nonlinearity does to the signal: `"paper"`, nothing; `"mean_field"`,
         what it does to a Gaussian signal in a wide network, with the mean that a
         BatchNorm removes told apart from the variance it divides by, pooling on
@@ -98,17 +98,17 @@ def layer_scales(
       ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
       ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
       ... }
-      >>> for path, scale in bmo.layer_scales(params, net).items():
+      >>> for path, scale in bmo.layer_scales(net, params).items():
       ...     print(path, scale.round(4))
       fc1 2.0
       fc2 1.0
     """
-    sites = walk(params, spec, gains=gains, unlisted=unlisted)
+    sites = walk(spec, params, gains=gains, unlisted=unlisted)
     return dict(layer_scales_of(sites, scale_of_params(sites, norm_floor, normalize)))
 
 
 def walk(
-    params: optax.Params, spec: _spec.LayerChain, *, gains: Gains, unlisted: Unlisted
+    spec: _spec.LayerChain, params: optax.Params, *, gains: Gains, unlisted: Unlisted
 ) -> list[Site]:
     """The chain's sites with moments and `m` filled in by the two passes."""
     check_gains(gains)

@@ -77,10 +77,10 @@ def describe(
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError(
             "describe writes numbers and needs concrete arrays; under jit, return "
-            "layer_scales(params, spec) instead"
+            "layer_scales(spec, params) instead"
         )
     check_norm_floor(norm_floor)
-    sites = walk(params, spec, gains=gains, unlisted=unlisted)
+    sites = walk(spec, params, gains=gains, unlisted=unlisted)
     rows = [_HEADER, *_rows(sites, norm_floor, depth=0)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

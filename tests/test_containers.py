@@ -105,7 +105,7 @@ def test_function_of_a_block_gets_nested_dicts_of_arrays(params, put, take):
 
     block = spec.Block("head", weight_curvature=squared_norm, input_curvature=1.0)
     chain = spec.LayerChain([block], input_shape=(6,))
-    scales = bmo.layer_scales(put(params), chain, unlisted="identity")
+    scales = bmo.layer_scales(chain, put(params), unlisted="identity")
     expected = 1 / jnp.sum(params["head"]["kernel"] ** 2)
     np.testing.assert_allclose(scales["head"], expected, rtol=1e-5)
 
@@ -185,18 +185,18 @@ def test_layers_of_a_list_are_reached_by_their_index():
         [spec.Dense(f"blocks/{index}") for index in range(3)], input_shape=(4,)
     )
     params = nnx.state(ListOfLayers(nnx.Rngs(0)), nnx.Param)
-    scales = bmo.layer_scales(params, chain)
+    scales = bmo.layer_scales(chain, params)
     named = spec.LayerChain(
         [spec.Dense(name) for name in ("first", "second", "third")], input_shape=(4,)
     )
     blocks: Any = nnx.to_pure_dict(params)["blocks"]
     expected = bmo.layer_scales(
-        {"first": blocks[0], "second": blocks[1], "third": blocks[2]}, named
+        named, {"first": blocks[0], "second": blocks[1], "third": blocks[2]}
     )
     assert list(scales.values()) == list(expected.values())
 
 
-def deep_mlp(names: list[str]) -> tuple[Any, spec.LayerChain]:
+def deep_mlp(names: list[str]) -> tuple[spec.LayerChain, Any]:
     """A chain of twelve layers, each of its own width."""
     normal = np.random.default_rng(0).normal
     params = {
@@ -204,7 +204,7 @@ def deep_mlp(names: list[str]) -> tuple[Any, spec.LayerChain]:
         for index, name in enumerate(names)
     }
     chain = spec.LayerChain([spec.Dense(name) for name in names], input_shape=(4,))
-    return params, chain
+    return chain, params
 
 
 def test_order_comes_from_the_spec_and_not_from_the_names():
@@ -219,7 +219,7 @@ def test_order_comes_from_the_spec_and_not_from_the_names():
 
 
 def test_order_of_insertion_changes_nothing():
-    params, chain = deep_mlp([f"Dense_{index}" for index in range(12)])
+    chain, params = deep_mlp([f"Dense_{index}" for index in range(12)])
     tx = bmo.scale_by_backmatch(chain)
     backwards = dict(reversed(params.items()))
     result = tx.update(backwards, tx.init(backwards), backwards)

@@ -358,7 +358,7 @@ def test_norms_of_parts_are_refused_whoever_takes_them(transformation):
 @pytest.mark.parametrize("axis", [0, 1], ids=["in", "out"])
 def test_parts_that_do_not_fit_are_refused_for_being_parts(axis):
     def scales(params):
-        return bmo.layer_scales(params, PAIR)
+        return bmo.layer_scales(PAIR, params)
 
     cut = P(*[None] * axis, "d")
     with pytest.raises(ValueError, match="not one device's part"):
@@ -367,10 +367,10 @@ def test_parts_that_do_not_fit_are_refused_for_being_parts(axis):
 
 def test_a_part_of_what_no_layer_declares_is_no_error():
     def scales(params):
-        return bmo.layer_scales(params, PAIR, unlisted="identity")
+        return bmo.layer_scales(PAIR, params, unlisted="identity")
 
     params = pair_params()
-    expected = bmo.layer_scales(params, PAIR)
+    expected = bmo.layer_scales(PAIR, params)
     specs = {**dict.fromkeys(params, P()), "experts": P("d")}
     result = jax.jit(in_shard_map(scales, specs))(
         {**params, "experts": jnp.zeros((DEVICES, 4))}
@@ -380,11 +380,11 @@ def test_a_part_of_what_no_layer_declares_is_no_error():
 
 def test_whole_kernels_in_shard_map_have_their_scales():
     def scales(params):
-        return bmo.layer_scales(params, PAIR)
+        return bmo.layer_scales(PAIR, params)
 
     params = pair_params()
     result = jax.jit(in_shard_map(scales, P()))(params)
-    assert_trees_all_close(result, bmo.layer_scales(params, PAIR), rtol=1e-6)
+    assert_trees_all_close(result, bmo.layer_scales(PAIR, params), rtol=1e-6)
 
 
 @every_wrapper
@@ -395,19 +395,19 @@ def test_mean_field_integrals_need_no_tracing_to_end(wrap):
     )
 
     def scales(params):
-        return bmo.layer_scales(params, chain, gains="mean_field")
+        return bmo.layer_scales(chain, params, gains="mean_field")
 
     params = {"up": pair_params()["up"]}
     _moments._static_integrals.cache_clear()
     result = wrap(in_shard_map(scales, P()))(params)
-    expected = bmo.layer_scales(params, chain, gains="mean_field")
+    expected = bmo.layer_scales(chain, params, gains="mean_field")
     assert_trees_all_close(result, expected, rtol=1e-6)
 
 
 def test_a_model_of_its_own_on_every_device_is_trained_unchecked():
     def scales(members):
         params = jax.tree.map(lambda leaf: leaf[0], members)
-        return jax.tree.map(lambda s: s[None], bmo.layer_scales(params, PAIR))
+        return jax.tree.map(lambda s: s[None], bmo.layer_scales(PAIR, params))
 
     members = [
         jax.tree.map(lambda p, n=n: p * (n + 1), pair_params()) for n in range(8)
@@ -418,7 +418,7 @@ def test_a_model_of_its_own_on_every_device_is_trained_unchecked():
     for index, member in enumerate(members):
         assert_trees_all_close(
             jax.tree.map(lambda s, i=index: s[i], result),
-            bmo.layer_scales(member, PAIR),
+            bmo.layer_scales(PAIR, member),
             rtol=1e-6,
         )
 

@@ -557,7 +557,7 @@ PLACEMENT: dict[str, Callable[[], Declared]] = {
 def assert_is_a_message_of_the_package(info: pytest.ExceptionInfo[ValueError]):
     assert info.type is ValueError, "no subclass that JAX or NumPy has defined"
     raised_in = pathlib.Path(str(info.traceback[-1].path))
-    assert raised_in.parent.name == "backmatch_optax"
+    assert "backmatch_optax" in raised_in.parts
     # One can read it in a terminal: no dump of parameters.
     assert len(str(info.value)) < 600
 
@@ -583,7 +583,7 @@ def test_check_spec_says_what_is_wrong(case):
     [
         lambda declared, params: bmo.scale_by_backmatch(declared).init(params),
         lambda declared, params: bmo.backmatch_sgd(0.1, declared).init(params),
-        lambda declared, params: bmo.layer_scales(params, declared),
+        lambda declared, params: bmo.layer_scales(declared, params),
         lambda declared, params: bmo.describe(declared, params),
     ],
     ids=["init", "alias", "layer_scales", "describe"],
@@ -691,7 +691,7 @@ def test_update_does_not_pass_gradients_on_where_params_are_empty():
     "call",
     [
         lambda value: bmo.check_spec(FIT, PARAMS, unlisted=value),
-        lambda value: bmo.layer_scales(concrete(), FIT, unlisted=value),
+        lambda value: bmo.layer_scales(FIT, concrete(), unlisted=value),
         lambda value: bmo.describe(FIT, concrete(), unlisted=value),
         lambda value: bmo.scale_by_backmatch(FIT, unlisted=value).init(concrete()),
     ],
@@ -708,7 +708,7 @@ def test_unlisted_has_two_values(call, value):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda **option: bmo.layer_scales(concrete(), FIT, **option),
+        lambda **option: bmo.layer_scales(FIT, concrete(), **option),
         lambda **option: bmo.describe(FIT, concrete(), **option),
         lambda **option: bmo.scale_by_backmatch(FIT, **option).init(concrete()),
         lambda **option: bmo.backmatch_sgd(0.1, FIT, **option).init(concrete()),
@@ -737,7 +737,7 @@ def test_options_have_the_values_they_may_have(call, option, value, wanted):
     "call",
     [
         lambda wrong: bmo.check_spec(wrong, concrete()),
-        lambda wrong: bmo.layer_scales(concrete(), wrong),
+        lambda wrong: bmo.layer_scales(wrong, concrete()),
         lambda wrong: bmo.describe(wrong, concrete()),
         lambda wrong: bmo.scale_by_backmatch(wrong).init(concrete()),
         lambda wrong: bmo.backmatch_sgd(0.1, wrong).init(concrete()),
@@ -773,7 +773,7 @@ def test_a_blocks_function_returns_a_real_scalar(name, returned):
     with pytest.raises(
         ValueError, match=rf"'mixer'.*{name} must return a real scalar"
     ) as info:
-        bmo.layer_scales(params, declared)
+        bmo.layer_scales(declared, params)
     assert_is_a_message_of_the_package(info)
 
 
@@ -783,7 +783,7 @@ def test_an_error_in_a_blocks_function_is_the_users_own():
 
     declared = chain(block(weight_curvature=curvature))
     with pytest.raises(KeyError, match="kernal"):
-        bmo.layer_scales({"mixer": {"kernel": jnp.ones(3)}}, declared)
+        bmo.layer_scales(declared, {"mixer": {"kernel": jnp.ones(3)}})
 
 
 # Scales are numbers: what has no values has none.

@@ -47,7 +47,7 @@ def start() -> Any:
 
 @jax.jit
 def scales_of(params: Any) -> dict[str, jax.Array]:
-    return bmo.layer_scales(params, models.MLP)
+    return bmo.layer_scales(models.MLP, params)
 
 
 @jax.jit

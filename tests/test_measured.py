@@ -304,7 +304,7 @@ def test_the_backward_factor_of_deep_normalised_relu_nets_grows_by_pi_over_pi_le
     params |= {f"Dense_{20}": {"kernel": jnp.full((64, 10), 0.125)}}
     links = [spec.BatchNorm() if "BatchNorm" in repr(link) else link for link in links]
     chain = spec.LayerChain(links, input_shape=(64,))
-    scales = bmo.layer_scales(params, chain, gains="mean_field")
+    scales = bmo.layer_scales(chain, params, gains="mean_field")
     growth = float(scales["Dense_5"] / scales["Dense_15"]) ** (1 / 10)
     assert growth == pytest.approx(1 - 1 / math.pi, rel=1e-4)
 
@@ -342,7 +342,7 @@ def test_a_branch_with_an_activation_ends_what_a_batch_norm_centres(branch, cent
     links = [RELU, spec.Dense("a"), spec.Residual(branch), spec.BatchNorm()]
     chain = spec.LayerChain([*links, spec.Dense("b")], input_shape=(8,))
     params = {name: {"kernel": jnp.full((8, 8), 8**-0.5)} for name in "ab"}
-    sites = walk(params, chain, gains="mean_field", unlisted="error")
+    sites = walk(chain, params, gains="mean_field", unlisted="error")
     assert sites[1].centred == centred
 
 

@@ -33,8 +33,8 @@ def sizes(params):
 
 def test_the_predicted_mean_curvature_of_all_entries_is_that_of_sgd():
     chain, params = lenet()
-    papers = bmo.layer_scales(params, chain)
-    scales = bmo.layer_scales(params, chain, normalize=True)
+    papers = bmo.layer_scales(chain, params)
+    scales = bmo.layer_scales(chain, params, normalize=True)
     count = sizes(params)
     # A scale is one over a layer's predicted mean diagonal of the Gauss-Newton matrix.
     sgds = sum(n / papers[layer] for layer, n in count.items())
@@ -47,8 +47,8 @@ def test_the_predicted_mean_curvature_of_all_entries_is_that_of_sgd():
 
 def test_the_ratios_of_the_scales_stay():
     chain, params = lenet()
-    papers = bmo.layer_scales(params, chain)
-    scales = bmo.layer_scales(params, chain, normalize=True)
+    papers = bmo.layer_scales(chain, params)
+    scales = bmo.layer_scales(chain, params, normalize=True)
     ratios = [float(scales[layer] / papers[layer]) for layer in chain.paths]
     np.testing.assert_allclose(ratios, ratios[0], rtol=1e-5)
     assert ratios[0] != pytest.approx(1, rel=0.1)
@@ -88,7 +88,7 @@ def test_scales_are_positive_and_finite_however_large_the_kernels(powers):
         f"fc{number}": {"kernel": jnp.full((4, 4), 10.0**power, jnp.float32)}
         for number, power in enumerate(powers)
     }
-    for scale in bmo.layer_scales(params, chain, normalize=True).values():
+    for scale in bmo.layer_scales(chain, params, normalize=True).values():
         assert np.isfinite(scale) and scale >= 0
 
 
@@ -102,7 +102,7 @@ def test_a_thousand_layers_stay_finite_and_their_mean_is_one():
         f"fc{i}": {"kernel": jax.random.normal(key, (4, 4)) / 2}
         for i, key in enumerate(keys)
     }
-    scales = jax.jit(lambda p: bmo.layer_scales(p, chain, normalize=True))(params)
+    scales = jax.jit(lambda p: bmo.layer_scales(chain, p, normalize=True))(params)
     values = np.array(list(scales.values()), np.float64)
     assert np.isfinite(values).all()
     np.testing.assert_allclose(np.mean(1 / values), 1, rtol=1e-3)
@@ -139,7 +139,7 @@ def test_without_any_curvature_measured_scales_are_one():
 
 def test_the_keyword_reaches_every_way_in():
     chain, params = lenet()
-    wanted = bmo.layer_scales(params, chain, normalize=True)
+    wanted = bmo.layer_scales(chain, params, normalize=True)
     for tx in (
         bmo.scale_by_backmatch(chain, normalize=True),
         bmo.backmatch_sgd(0.1, chain, normalize=True),

@@ -25,7 +25,7 @@ FUNCTIONS = {
     "describe": ["spec", "params"],
     "infer_spec": ["model", "inputs", "kwargs"],
     "keep_norms": ["inner", "spec"],
-    "layer_scales": ["params", "spec"],
+    "layer_scales": ["spec", "params"],
     "measure_layer_scales": ["fn", "params", "inputs"],
     "scale_by_backmatch": ["spec"],
     "scale_by_lsalr": [],

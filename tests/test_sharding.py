@@ -100,8 +100,8 @@ def test_scales_on_an_explicit_mesh_are_those_of_one_device(chain, shapes, gains
     params = random_params(shapes)
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        scales = bmo.layer_scales(shard(params, mesh, axis), chain, gains=gains)
-    expected = bmo.layer_scales(params, chain, gains=gains)
+        scales = bmo.layer_scales(chain, shard(params, mesh, axis), gains=gains)
+    expected = bmo.layer_scales(chain, params, gains=gains)
     assert_trees_all_close(scales, expected, rtol=1e-5)
 
 

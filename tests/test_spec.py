@@ -157,7 +157,7 @@ def test_a_spec_is_a_static_argument_of_jit_and_traces_once():
     @jax.jit(static_argnums=0)
     def scales(chain, params):
         traces.append(chain)
-        return bmo.layer_scales(params, chain)
+        return bmo.layer_scales(chain, params)
 
     params = models.init_params(models.Mlp(), models.MLP)
     for _ in range(2):
@@ -424,7 +424,7 @@ class TestNewLink:
         params = self.params()
         a, c = (float(jnp.sum(params[name]["kernel"] ** 2)) for name in "ac")
         b = float(jnp.mean(params["b"]["weight"] ** 2))
-        scales = bmo.layer_scales(params, self.chain)
+        scales = bmo.layer_scales(self.chain, params)
         np.testing.assert_allclose(scales["a"], 1 / (5 * 16 * b * c / 3), rtol=1e-5)
         np.testing.assert_allclose(scales["b"], 1 / (5 * 16 * a / 3 * c / 3), rtol=1e-5)
         np.testing.assert_allclose(scales["c"], 1 / (5 * 16 * a / 3 * b), rtol=1e-5)
@@ -435,7 +435,7 @@ class TestNewLink:
         updates: Any = transformation.update(
             params, transformation.init(params), params
         )[0]
-        scale = bmo.layer_scales(params, self.chain)["b"]
+        scale = bmo.layer_scales(self.chain, params)["b"]
         np.testing.assert_allclose(
             updates["b"]["weight"], scale * params["b"]["weight"], rtol=1e-6
         )
@@ -466,7 +466,7 @@ def test_a_link_without_rules_of_its_own_changes_nothing():
         input_shape=models.MLP.input_shape,
     )
     with_noise, without = (
-        bmo.layer_scales(params, chain) for chain in (noisy, models.MLP)
+        bmo.layer_scales(chain, params) for chain in (noisy, models.MLP)
     )
     assert with_noise == without
 

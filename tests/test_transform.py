@@ -183,7 +183,7 @@ def test_float64_gradients_are_scaled_in_float64():
         )
         gradient = optax.tree.full_like(params, 1 / 3)
         updates, _ = one_step(bmo.scale_by_backmatch(PAPER_NET), gradient, params)
-        scale = bmo.layer_scales(params, PAPER_NET)["fc1"]
+        scale = bmo.layer_scales(PAPER_NET, params)["fc1"]
         expected = np.full((4, 8), float(scale) / 3)
     np.testing.assert_allclose(updates["fc1"]["kernel"], expected, rtol=1e-14)
 
