@@ -1,32 +1,31 @@
 """The layer chain of a Flax model, read off one abstract trace.
 
-Three passes: the trace becomes a graph (`_infer_graph`); from its output to its input
-the graph is cut into steps (`_infer_steps`); from its input to its output the steps
-become links (`_infer_links`). Here are the traces themselves.
+The trace becomes a graph (`graph`). The graph is cut into steps, and the steps become
+links (`steps`). What each kind of layer looks like is in `links`; `blocks` has the
+user's own. Here are the traces themselves, and what to do where one has no chain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr
 
 from backmatch_optax import spec as _spec
+from backmatch_optax.infer import blocks as _blocks
 from backmatch_optax.infer import graph
-from backmatch_optax.infer.graph import Node
-from backmatch_optax.infer.links import chain
-from backmatch_optax.infer.steps import Unknown, above, module_path
+from backmatch_optax.infer.graph import Node, above, module_path
+from backmatch_optax.infer.steps import Unknown, chain
 from backmatch_optax.parameters import text
-
-_OUT = (
-    "Write the chain by hand with a spec.Block for it, or pass "
-    "blocks=[spec.Block(path, ...)] for a module that holds it; or use measured "
-    "scales (measure_layer_scales), which need no spec."
-)
+from backmatch_optax.spec.link import kind_of
 
 
 def infer_spec(
@@ -56,6 +55,8 @@ def infer_spec(
     `"SAME"` for a padding of 1 around a 3x3 kernel of stride 1. Of a residual's two
     arms the one with more links is the branch, the first where they have as many.
 
+    Where something is described by no link, the error says which `blocks=` would do.
+
     Args:
       model: a `flax.linen.Module`, not bound, or a `flax.nnx.Module`, concrete or made
         by `nnx.eval_shape`.
@@ -70,8 +71,12 @@ def infer_spec(
         `Module.apply`; None for all but the parameters.
       axis_names: names of device axes that the model averages over, as
         `BatchNorm(axis_name="batch")` does in training.
-      blocks: a `spec.Block` for each module, by its `path`, whose inside is not to be
-        looked at.
+      blocks: what is to be a `spec.Block`. `spec.Block(path)` stands for the module at
+        a path, or for the uses of a single parameter. It grows until it has one input
+        and one output: from the first call of the module to the last.
+        `spec.Block(None)` stands for every stretch without parameters that no link
+        describes. Numbers that are not given are measured: that part of the model runs
+        once, with normal inputs of the shapes given here and with initial parameters.
       kwargs: other arguments of the model, such as `train=False`.
 
     Returns:
@@ -82,7 +87,7 @@ def infer_spec(
         (attention, recurrence, gating, concatenation, an embedding, a derivative of the
         user's own, a parameter used twice or transformed before use), or there are
         several outputs. The message names the module, the operation, its line of code,
-        and the ways out.
+        and what to pass instead.
       ImportError: where Flax is not installed.
 
     Examples:
@@ -107,6 +112,7 @@ def infer_spec(
         raise ImportError(
             "infer_spec reads Flax models and needs Flax: pip install flax"
         ) from error
+    blocks = _blocks.checked(blocks)
     if isinstance(model, flax.linen.Module):
         tracer = _linen(model, method, rngs, mutable)
     elif isinstance(model, flax.nnx.Module):
@@ -116,8 +122,9 @@ def infer_spec(
     else:
         raise ValueError(
             "infer_spec: model must be a flax.linen.Module or a flax.nnx.Module, but "
-            f"it is {model!r}, a {type(model).__name__}"
+            f"it is {kind_of(model)}{_instead(model)}"
         )
+    _check_inputs(inputs, kwargs)
     # What is not an array, such as train=True, is part of the program.
     leaves, tree = jax.tree.flatten((inputs, kwargs))
     arrays = {
@@ -130,25 +137,60 @@ def infer_spec(
         filled = [values.get(index, leaf) for index, leaf in enumerate(leaves)]
         return jax.tree.unflatten(tree, filled)
 
-    function, variables = tracer(arguments, arrays)
-    params = _by_path(variables["param"])
+    def trace(arrays: Mapping[int, Any]) -> Any:
+        function, variables, initial = tracer(arguments, arrays)
+        make = jax.make_jaxpr(
+            function, axis_env=[(name, 1) for name in axis_names], return_shape=True
+        )
+        return *make(variables, arrays), variables, initial
+
     try:
-        closed = jax.make_jaxpr(function, axis_env=[(name, 1) for name in axis_names])(
-            variables, arrays
-        )
-        outputs = graph.read(closed, _arguments(variables, arrays))
-        return chain(
-            outputs, {path: leaf.shape for path, leaf in params.items()}, blocks
-        )
-    except Unknown as unknown:
-        raise ValueError(_message(unknown)) from None
-    except NameError as error:
-        if "axis name" not in str(error):
-            raise
+        closed, shapes, variables, initial = trace(arrays)
+    except Exception as error:
+        if isinstance(error, NameError) and "axis name" in str(error):
+            raise ValueError(
+                f"infer_spec: the model averages over devices ({error}); name the axes "
+                'it does so over, as in axis_names=["batch"], or pass it in eval mode'
+            ) from None
+        _check_batch(trace, arrays, error)
+        raise
+    given = _arguments(variables, arrays)
+    outputs = graph.read(closed, given)
+    params = {path: leaf.shape for path, leaf in _by_path(variables["param"]).items()}
+    places = [keystr(place) for place, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    flowing = {
+        node: place
+        for node, place in reversed([*zip(outputs, places, strict=True)])
+        if node.flows
+    }
+    if len(flowing) != 1:
+        choices = [*reversed(flowing.values())]
+        example = _choosing(model, method, inputs, kwargs, choices)
         raise ValueError(
-            f"infer_spec: the model averages over devices ({error}); name the axes it "
-            'does so over, as in axis_names=["batch"], or pass it in eval mode'
-        ) from None
+            f"infer_spec: the model has {len(flowing)} outputs that depend on its "
+            f"inputs, but a chain has one. {example}"
+        )
+    (output,) = flowing
+    measure = functools.partial(_blocks.measured, values=initial)
+    try:
+        found, used = chain(output, params, blocks, measure)
+    except Unknown as unknown:
+
+        def attempt(blocks: Sequence[_spec.Block]) -> Any:
+            return chain(output, params, blocks, lambda block, _: block)[1]
+
+        ways_out = _blocks.that_help(unknown, blocks, [*params], attempt)
+        raise ValueError(_message(unknown, given, ways_out)) from None
+    for block in blocks:
+        if block not in used:
+            stands = "none is needed" if block.path is None else "the output does not "
+            if block.path is not None:
+                stands += f"depend on a module at {block.path!r}"
+            raise ValueError(
+                f"infer_spec: blocks: {block} stands for nothing: {stands}; paths of "
+                f"parameters are {sorted(params)}"
+            )
+    return found
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -174,7 +216,102 @@ def _input_kind(leaf: Any) -> str:
     return "random" if is_key else "input"
 
 
-def _message(unknown: Unknown) -> str:
+# --- What is wrong, and what to do about it ------------------------------------------
+
+
+def _instead(model: Any) -> str:
+    """What may have been meant by a model that is none."""
+    if isinstance(model, Mapping):
+        return ", the variables perhaps. Pass the module, and no variables"
+    if isinstance(model, type):
+        return ". Pass an instance of it"
+    if isinstance(getattr(model, "__self__", None), object) and callable(model):
+        owner = getattr(model, "__self__", None)
+        if owner is not None:
+            return f". Pass the {type(owner).__name__} that it is a method of"
+    return ""
+
+
+def _check_inputs(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    if not inputs and not kwargs:
+        raise ValueError(
+            "infer_spec: the model's inputs are missing: infer_spec(model, images), "
+            "with arrays or jax.ShapeDtypeStructs"
+        )
+    for index, value in enumerate(inputs):
+        ints = isinstance(value, tuple | list) and all(type(n) is int for n in value)
+        if ints and value:
+            raise ValueError(
+                f"infer_spec: inputs[{index}] (={value!r}) is a shape. Pass an array "
+                f"or jax.ShapeDtypeStruct({tuple(value)}, jnp.float32), with the batch "
+                "dimension first"
+            )
+        if isinstance(value, Mapping) and "params" in value:
+            raise ValueError(
+                f"infer_spec: inputs[{index}] are the model's variables, which are not "
+                "needed. Pass the model and its inputs: infer_spec(model, images)"
+            )
+
+
+def _check_batch(trace: Any, arrays: Mapping[int, Any], error: Exception) -> None:
+    """Says so if a model that fails would not with a batch dimension."""
+    for index, leaf in arrays.items():
+        batched = jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+        with contextlib.suppress(Exception):
+            trace({**arrays, index: batched})
+            break
+    else:
+        return
+    raise ValueError(
+        f"infer_spec: the model fails ({type(error).__name__}). {_lacks_batch(leaf)}"
+    ) from error
+
+
+def _lacks_batch(leaf: Any) -> str:
+    return (
+        f"The input of shape {leaf.shape} seems to lack the batch dimension: pass "
+        f"jax.ShapeDtypeStruct({(1, *leaf.shape)}, jnp.{leaf.dtype}). "
+    )
+
+
+def _choosing(
+    model: Any,
+    method: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    choices: Sequence[str],
+) -> str:
+    """How to choose one output, in the words of the model's own signature."""
+    if not choices:
+        return "None is left to choose: is it computed from the inputs?"
+    called = getattr(type(model), method) if isinstance(method, str) else method
+    parameters = [
+        *inspect.signature(called or type(model).__call__).parameters.values()
+    ]
+    names = [p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [name for name in names if name not in kwargs][: len(inputs)]
+    names += [f"x{index}" for index in range(len(names), len(inputs))]
+    call = ", ".join([*names, *(f"{name}={name}" for name in kwargs)])
+    head = ", ".join(["model", *names, *kwargs])
+    callee = f"model.{method}" if isinstance(method, str) else "model"
+    if method is not None and not isinstance(method, str):
+        owner = getattr(type(model), getattr(method, "__name__", ""), None)
+        if owner is not method:
+            return (
+                f"Choose one of {', '.join(choices)} at the end of the function that "
+                "is passed as method"
+            )
+        callee = f"model.{method.__name__}"
+    return (
+        f"Choose one, as in method=lambda {head}: {callee}({call}){choices[0]}, and "
+        f"infer a chain for each of {', '.join(choices)}; or measure the scales of all "
+        "(measure_layer_scales)"
+    )
+
+
+def _message(
+    unknown: Unknown, given: Sequence[Node], ways_out: Sequence[_spec.Block]
+) -> str:
     node = unknown.node
     module = module_path(node.scope)
     if module is None:
@@ -184,7 +321,18 @@ def _message(unknown: Unknown) -> str:
     else:
         place = f"in module {module!r}" if module else "at the top of the model"
     line = f" ({node.source})" if node.source else ""
-    return f"infer_spec: {place}: {unknown.reason}{line}. {_OUT}"
+    text = f"infer_spec: {place}: {unknown.reason}{line}. "
+    for leaf in given:
+        if leaf.flows and any(n.shape == (1, *leaf.shape) for n in above(node)):
+            text += _lacks_batch(leaf)
+    if ways_out:
+        text += f"Pass blocks={list(ways_out)} to make it a block, which is measured. "
+        if ways_out[-1].path == "":
+            text += "This is all of the model; a module of its own keeps it small. "
+        elif graph.known(node) and len(node.flow) == 1:
+            text += "If its rule is known, let a spec.Link of your own take its place. "
+    or_use = "Or use" if ways_out else "Use"
+    return f"{text}{or_use} measured scales (measure_layer_scales): they need no chain."
 
 
 # --- Traces --------------------------------------------------------------------------
@@ -225,7 +373,21 @@ def _linen(model: Any, method: Any, rngs: Any, mutable: Any) -> Callable[..., An
             )
             return output
 
-        return function, {"param": params, "random": keys, "state": collections}
+        def values(nodes: Sequence[Node]) -> dict[Node, Any]:
+            # XLA leaves out whatever the values that are wanted do not depend on.
+            @jax.jit
+            def wanted(keys: Any) -> list[Any]:
+                variables = dict(initial(keys, _samples(arrays)))
+                variables = {"param": variables.pop("params", {}), "state": variables}
+                found = {kind: _by_path(tree) for kind, tree in variables.items()}
+                found["random"] = _by_path(keys)
+                return [found[node.op][node.path] for node in nodes]
+
+            made = {"params": jax.random.key(0)} | dict(rngs or {})
+            return dict(zip(nodes, wanted(made), strict=True))
+
+        variables = {"param": params, "random": keys, "state": collections}
+        return function, variables, values
 
     return tracer
 
@@ -253,9 +415,32 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
             call = getattr(type(copy), method) if isinstance(method, str) else method
             return call(copy, *args, **kwargs)
 
-        return function, variables
+        def values(nodes: Sequence[Node]) -> dict[Node, Any]:
+            kinds = dict(zip(("param", "random", "state"), states, strict=True))
+            found = {kind: _by_path(tree) for kind, tree in kinds.items()}
+            return {node: _value(found[node.op][node.path], node) for node in nodes}
+
+        return function, variables, values
 
     return tracer
+
+
+def _samples(arrays: Mapping[int, Any]) -> dict[int, Any]:
+    """Inputs for an initialisation, which seldom depends on them."""
+    return {index: jnp.ones(leaf.shape, leaf.dtype) for index, leaf in arrays.items()}
+
+
+def _value(leaf: Any, node: Node) -> Any:
+    """An NNX variable's own value; an initial one where the model is abstract."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    name, fan_in = node.path.rpartition("/")[2], math.prod(node.shape[:-1])
+    if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), node.shape)
+    if node.op == "param" and len(node.shape) > 1:
+        values = jax.random.normal(jax.random.key(0), node.shape, node.dtype)
+        return values / math.sqrt(fan_in)
+    return jnp.full(node.shape, name in ("scale", "var"), node.dtype)
 
 
 def _name(module: Any, path: str) -> None:
