@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import graph
@@ -124,10 +125,19 @@ def _connected(node: Node, nodes: set[Node]) -> set[Node]:
 # --- Their numbers -------------------------------------------------------------------
 
 
+def is_measured(block: _spec.Block) -> bool:
+    """Whether a block lacks none of its numbers."""
+    numbers = [block.input_curvature, block.weight_curvature]
+    return None not in numbers[: 1 if block.path is None else 2]
+
+
+def leaves(step: Step) -> list[Node]:
+    """The parameters and other variables of a stretch of the graph."""
+    return [found for found in graph.above(step.node, until=step.source) if found.path]
+
+
 def measured(
-    block: _spec.Block,
-    step: Step,
-    values: Callable[[Sequence[Node]], Mapping[Node, Any]],
+    block: _spec.Block, step: Step, values: Mapping[Node, Any], compiled: dict[str, Any]
 ) -> _spec.Block:
     """A block with the numbers that it lacks, from a run of what it stands for.
 
@@ -137,7 +147,8 @@ def measured(
     Args:
       block: the block.
       step: the stretch of the graph that it stands for.
-      values: what parameters and other variables of the model are to be.
+      values: what its parameters and other variables are to be.
+      compiled: what was compiled before, to which this run is added.
 
     Returns:
       The block, with numbers of three digits.
@@ -145,26 +156,22 @@ def measured(
     Raises:
       ValueError: where the derivative is zero or not finite, or there is none.
     """
-    owns = block.path is not None
-    if block.input_curvature is not None:
-        if not owns or block.weight_curvature is not None:
-            return block
+    if is_measured(block):
+        return block
     node, source = step.node, step.source
     if not jnp.issubdtype(node.dtype, jnp.floating):
         raise ValueError(f"infer_spec: {block}: {node.dtype} has no derivative")
     inside = list(graph.above(node, until=source))
-    given = values([found for found in inside if found.path])
-    weights = [found for found in given if found.op == "param"]
-    others = {found: value for found, value in given.items() if found.op != "param"}
-    arrays = [given[weight] for weight in weights]
+    weights = [leaf for leaf in leaves(step) if leaf.op == "param"]
+    others = [leaf for leaf in leaves(step) if leaf.op != "param"]
     differentiable = jnp.issubdtype(source.dtype, jnp.floating)
 
-    def output(arrays: Any, signal: Any) -> Any:
-        leaves = others | dict(zip(weights, arrays, strict=True))
-        return graph.run(node, source, signal, leaves)
+    def numbers(arrays: Any, other_arrays: Any, keys: Any) -> Any:
+        def output(arrays: Any, signal: Any) -> Any:
+            given = dict(zip(weights, arrays, strict=True))
+            given |= zip(others, other_arrays, strict=True)
+            return graph.run(node, source, signal, given)
 
-    @jax.jit
-    def numbers(arrays: Any, keys: Any) -> Any:
         def probe(key: Any) -> Any:
             keys = jax.random.split(key)
             signal = _signal(source, inside, keys[0])
@@ -177,14 +184,23 @@ def measured(
 
         return [samples.mean() for samples in jax.lax.map(probe, keys)]
 
-    fewest = min(math.prod(found.shape) for found in (*weights, source))
+    fewest = min(math.prod(given.shape) for given in (*weights, source))
     probes = min(max(_COORDINATES // max(fewest, 1), 32), 256)
-    gain, of_weights, *rest = numbers(
-        arrays, jax.random.split(jax.random.key(0), probes)
+    arguments = (
+        [values[leaf] for leaf in weights],
+        [values[leaf] for leaf in others],
+        jax.random.split(jax.random.key(0), probes),
     )
+    # Blocks that are the same but for their names are compiled once.
+    traced = jax.make_jaxpr(numbers)(*arguments)
+    constants = [np.asarray(constant).tobytes() for constant in traced.consts]
+    program = f"{traced} {constants}"
+    if program not in compiled:
+        compiled[program] = jax.jit(numbers)
+    gain, of_weights, *rest = compiled[program](*arguments)
     of_input = rest[0] if differentiable else 1.0
-    found = {"input_curvature": of_input}
-    if owns:
+    found: dict[str, Any] = {"input_curvature": of_input}
+    if block.path is not None:
         found["weight_curvature"] = of_weights / source.shape[0]
     found = {name: new for name, new in found.items() if getattr(block, name) is None}
     if block.forward_gain == 1.0:

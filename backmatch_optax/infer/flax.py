@@ -23,7 +23,8 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.infer import blocks as _blocks
 from backmatch_optax.infer import graph
 from backmatch_optax.infer.graph import Node, above, module_path
-from backmatch_optax.infer.steps import Unknown, chain
+from backmatch_optax.infer.links import Step, Unknown
+from backmatch_optax.infer.steps import chain
 from backmatch_optax.parameters import text
 from backmatch_optax.spec.link import kind_of
 
@@ -171,9 +172,15 @@ def infer_spec(
             f"inputs, but a chain has one. {example}"
         )
     (output,) = flowing
-    measure = functools.partial(_blocks.measured, values=initial)
+    steps: list[Step] = []
+
+    def collect(block: _spec.Block, step: Step) -> _spec.Block:
+        if not _blocks.is_measured(block):
+            steps.append(step)
+        return block
+
     try:
-        found, used = chain(output, params, blocks, measure)
+        found, used = chain(output, params, blocks, collect)
     except Unknown as unknown:
 
         def attempt(blocks: Sequence[_spec.Block]) -> Any:
@@ -190,6 +197,12 @@ def infer_spec(
                 f"infer_spec: blocks: {block} stands for nothing: {stands}; paths of "
                 f"parameters are {sorted(params)}"
             )
+    if steps:
+        inner = dict.fromkeys(leaf for step in steps for leaf in _blocks.leaves(step))
+        measure = functools.partial(
+            _blocks.measured, values=initial([*inner]), compiled={}
+        )
+        found, _ = chain(output, params, blocks, measure)
     return found
 
 
@@ -326,7 +339,10 @@ def _message(
         if leaf.flows and any(n.shape == (1, *leaf.shape) for n in above(node)):
             text += _lacks_batch(leaf)
     if ways_out:
-        text += f"Pass blocks={list(ways_out)} to make it a block, which is measured. "
+        several = (
+            "them blocks, which are" if len(ways_out) > 1 else "it a block, which is"
+        )
+        text += f"Pass blocks={list(ways_out)} to make {several} measured. "
         if ways_out[-1].path == "":
             text += "This is all of the model; a module of its own keeps it small. "
         elif graph.known(node) and len(node.flow) == 1:
