@@ -168,9 +168,9 @@ def measured(
 
     def numbers(arrays: Any, other_arrays: Any, keys: Any) -> Any:
         def output(arrays: Any, signal: Any) -> Any:
-            given = dict(zip(weights, arrays, strict=True))
+            given = {source: signal} | dict(zip(weights, arrays, strict=True))
             given |= zip(others, other_arrays, strict=True)
-            return graph.run(node, source, signal, given)
+            return graph.run([node], given)[0]
 
         def probe(key: Any) -> Any:
             keys = jax.random.split(key)

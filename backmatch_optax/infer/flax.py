@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import keystr
 
 from backmatch_optax import spec as _spec
@@ -25,7 +26,7 @@ from backmatch_optax.infer import graph
 from backmatch_optax.infer.graph import Node, above, module_path
 from backmatch_optax.infer.links import Step, Unknown
 from backmatch_optax.infer.steps import chain
-from backmatch_optax.parameters import text
+from backmatch_optax.parameters import join, text
 from backmatch_optax.spec.link import kind_of
 
 
@@ -390,17 +391,25 @@ def _linen(model: Any, method: Any, rngs: Any, mutable: Any) -> Callable[..., An
             return output
 
         def values(nodes: Sequence[Node]) -> dict[Node, Any]:
-            # XLA leaves out whatever the values that are wanted do not depend on.
-            @jax.jit
-            def wanted(keys: Any) -> list[Any]:
-                variables = dict(initial(keys, _samples(arrays)))
-                variables = {"param": variables.pop("params", {}), "state": variables}
-                found = {kind: _by_path(tree) for kind, tree in variables.items()}
-                found["random"] = _by_path(keys)
-                return [found[node.op][node.path] for node in nodes]
-
-            made = {"params": jax.random.key(0)} | dict(rngs or {})
-            return dict(zip(nodes, wanted(made), strict=True))
+            # Of the initialisation only what these depend on is computed.
+            closed, made = jax.make_jaxpr(initial, return_shape=True)(keys, arrays)
+            leaves = _arguments({"random": keys}, arrays)
+            outputs = dict(zip(_by_path(made), graph.read(closed, leaves), strict=True))
+            key = jax.random.key(0)
+            given = {
+                leaf: (rngs or {}).get(leaf.path, key)
+                if leaf.op == "random"
+                else np.broadcast_to(np.ones((), leaf.dtype), leaf.shape)
+                for leaf in (*leaves, *nodes)
+                if leaf.op in ("input", "random")
+            }
+            ends = {
+                node: outputs[join("params" * (node.op == "param"), node.path)]
+                for node in nodes
+                if node not in given
+            }
+            computed = graph.run([*ends.values()], given)
+            return given | dict(zip(ends, computed, strict=True))
 
         variables = {"param": params, "random": keys, "state": collections}
         return function, variables, values
@@ -439,11 +448,6 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
         return function, variables, values
 
     return tracer
-
-
-def _samples(arrays: Mapping[int, Any]) -> dict[int, Any]:
-    """Inputs for an initialisation, which seldom depends on them."""
-    return {index: jnp.ones(leaf.shape, leaf.dtype) for index, leaf in arrays.items()}
 
 
 def _value(leaf: Any, node: Node) -> Any:

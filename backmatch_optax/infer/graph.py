@@ -3,7 +3,7 @@
 `read` turns a jaxpr into nodes. Every call is inlined, so it does not matter which
 parts of a model are compiled, rematerialised or were traced before. `evaluate` puts a
 few sample values through an elementwise or normalising piece: a piece is known by what
-it computes, not by how it is written. `run` computes a piece with real arrays.
+it computes, not by how it is written. `run` computes nodes with real arrays.
 """
 
 from __future__ import annotations
@@ -265,10 +265,9 @@ def module_path(scope: str) -> str | None:
     return "/".join(names) if parts else None
 
 
-def run(end: Node, start: Node, signal: Any, leaves: Mapping[Node, Any]) -> Any:
-    """Computes a node from one of its dominators and the leaves in between."""
-    values = {start: signal, **leaves}
-    pending = [end]
+def run(ends: Sequence[Node], values: Mapping[Node, Any]) -> list[Any]:
+    """Computes some nodes from the values of others that they depend on."""
+    values, pending = dict(values), [*ends]
     while pending:  # no recursion: a piece may be a thousand nodes deep
         node = pending[-1]
         missing = [operand for operand in node.operands if operand not in values]
@@ -276,8 +275,9 @@ def run(end: Node, start: Node, signal: Any, leaves: Mapping[Node, Any]) -> Any:
             pending.pop()
             if node not in values:
                 values[node] = _result(node, values)
-        pending += missing
-    return values[end]
+        else:
+            pending += missing
+    return [values[end] for end in ends]
 
 
 def _result(node: Node, values: Mapping[Node, Any]) -> Any:
