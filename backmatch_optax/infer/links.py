@@ -519,11 +519,17 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
     if len(modules) > 1 or not roles <= {"scale", "bias"}:
         return None
     path = modules.pop()[1:] if modules else None
-    leaves = {
+    leaves = {"scale": 1.0, "bias": 0.0}
+    leaves |= {
         leaf.rpartition("/")[2]: piece.leaves[leaf] for leaf in piece.paths["param"]
     }
-    for link, normalised in _normalised(piece, source):
-        affine = normalised * leaves.get("scale", 1.0) + leaves.get("bias", 0.0)
+    # Against small values, too: there the epsilon counts.
+    small = graph.evaluate(node, source, 1e-3)
+    candidates = zip(
+        _normalised(piece, source), _normalised(small, source), strict=True
+    )
+    for (link, centred, square), (_, *parts) in candidates:
+        affine = centred / np.sqrt(square) * leaves["scale"] + leaves["bias"]
         factor = _constant_ratio(piece.values, affine)
         if link is None or factor is None or not roles <= set(link.roles):
             continue
@@ -532,25 +538,30 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
             if params:  # it would not leave the bias alone
                 continue
             links.append(_spec.Scale(factor))
+        normalised = (small.values - leaves["bias"]) / leaves["scale"] / factor
+        epsilon = np.median((parts[0] / normalised) ** 2 - parts[1])
+        usual = getattr(link, "epsilon", epsilon)
+        if not np.isclose(epsilon, usual, rtol=1e-2, atol=1e-10):
+            found: Any = {"epsilon": float(f"{max(epsilon, 0.0):.3g}")}
+            links[0] = dataclasses.replace(links[0], **found)
         return Step(node, source, links)
     return None
 
 
-def _normalised(piece: Piece, source: Node) -> Iterator[tuple[Any, Any]]:
-    """Each normalisation that is possible, and what it makes of the samples."""
-    states = [piece.leaves[path] for path in piece.paths["state"]]
+def _normalised(piece: Piece, source: Node) -> Iterator[tuple[Any, Any, Any]]:
+    """Each normalisation that is possible: what it divides, by the root of what."""
+    signal, states = piece.signal, [piece.leaves[path] for path in piece.paths["state"]]
     if states and piece.reduced:
         return
     if len(states) == 2:
         for mean, variance in itertools.permutations(states):
-            yield _spec.BatchNorm(), (SIGNAL - mean) / np.sqrt(variance)
+            yield _spec.BatchNorm(), signal - mean, variance
     if piece.reduced:
         link = _normalisation_over(piece, source.shape)
-        mean = SIGNAL.mean(axis=1, keepdims=True)
-        yield link, (SIGNAL - mean) / SIGNAL.std(axis=1, keepdims=True)
+        mean, variance = signal.mean(1, keepdims=True), signal.var(1, keepdims=True)
+        yield link, signal - mean, variance
         if isinstance(link, _spec.LayerNorm):
-            square = np.mean(SIGNAL**2, axis=1, keepdims=True)
-            yield _spec.RMSNorm(), SIGNAL / np.sqrt(square)
+            yield _spec.RMSNorm(), signal, np.mean(signal**2, axis=1, keepdims=True)
 
 
 def _normalisation_over(piece: Piece, shape: Shape) -> Any:
