@@ -385,7 +385,7 @@ class Piece:
     """What the part of the graph between two nodes makes of a signal.
 
     Attributes:
-      signal: `SIGNAL`, or a multiple of it.
+      signal: the samples.
       values: the outcome, in the shape of the signal: all of the graph's axes are the
         axis of samples, and there is one row for each population.
       reduced: the factors of the input's axes that statistics are taken over.
@@ -404,7 +404,7 @@ class Piece:
     masks: list[Node] = dataclasses.field(default_factory=list)
 
 
-def evaluate(end: Node, start: Node, size: float = 1.0) -> Piece:
+def evaluate(end: Node, start: Node, signal: Any = SIGNAL) -> Piece:
     """Evaluates what lies between a node and one of its dominators.
 
     The population that statistics are taken over and the features are both the axis of
@@ -414,7 +414,7 @@ def evaluate(end: Node, start: Node, size: float = 1.0) -> Piece:
     Args:
       end: the node.
       start: the dominator.
-      size: what the sample values are multiplied by.
+      signal: the samples, two populations of them.
 
     Returns:
       What the piece makes of the samples.
@@ -424,16 +424,16 @@ def evaluate(end: Node, start: Node, size: float = 1.0) -> Piece:
         is put back where it was taken from.
     """
     rng = np.random.default_rng(0)
-    piece = Piece(SIGNAL * size)
+    piece, size = Piece(signal), np.var(signal) / np.var(SIGNAL)
     whole = tuple(((axis, 1, length),) for axis, length in enumerate(start.shape))
     known = {start: _Sampled(piece.signal, whole)}
 
     def variable(node: Node) -> _Sampled:
         if node.path not in piece.leaves:
             # Positive, as a variance is, and far above any epsilon.
-            values = rng.uniform(0.5, 2.0, SIGNAL.shape[1])
+            values = rng.uniform(0.5, 2.0, signal.shape[1])
             piece.leaves[node.path] = (
-                values if node.op == "param" else values * 1e3 * size**2
+                values if node.op == "param" else values * 1e3 * size
             )
             piece.paths[node.op].append(node.path)
         axes = [_repeated(size) for size in node.shape]
@@ -449,7 +449,7 @@ def evaluate(end: Node, start: Node, size: float = 1.0) -> Piece:
             elif node.op == "constant" and node.value is not None:
                 axes = tuple(map(_repeated, node.shape))
                 known[node] = _Sampled(np.float64(node.value), axes)
-            elif node.origins == {"random"} and node.dtype == np.bool_:
+            elif node.origins == {"random"} and node.dtype == np.bool_ and node != end:
                 piece.masks.append(node)
                 known[node] = _Sampled(MASK, tuple(map(_repeated, node.shape)))
             elif not node.operands or node.op in ("inputs", "input"):

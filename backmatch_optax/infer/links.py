@@ -24,7 +24,6 @@ from backmatch_optax.infer import graph
 from backmatch_optax.infer.graph import MASK, SIGNAL, Node, Piece
 from backmatch_optax.spec.elementwise import ACTIVATIONS
 from backmatch_optax.spec.link import Shape
-from backmatch_optax.spec.windows import low_padding
 
 # What stands behind primitives that no link describes.
 MEANINGS = {
@@ -236,23 +235,16 @@ class Window:
 
     def _known(
         self, sizes: Shape, extents: Sequence[int]
-    ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    ) -> Iterator[tuple[str, Sequence[tuple[int, int]]]]:
         for name in self.names:
-            if name == "CAUSAL" and len(sizes) > 1:
-                continue
-            pairs = []
-            for axis, (size, extent, stride) in enumerate(
-                zip(sizes, extents, self.strides, strict=True)
-            ):
-                low = low_padding(name, axis, size, extent, stride, 1)
-                covered = (-(-size // stride) - 1) * stride + extent
-                total = max(covered - size, 0) if name.startswith("SAME") else low
-                pairs.append((low, total - low))
-            yield name, pairs
+            if name != "CAUSAL":
+                yield name, jax.lax.padtype_to_pads(sizes, extents, self.strides, name)
+            elif len(sizes) == 1:
+                yield name, [(extents[0] - 1, 0)]
 
     def _transposed(
         self, extents: Sequence[int]
-    ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    ) -> Iterator[tuple[str, Sequence[tuple[int, int]]]]:
         same, valid = [], []
         for extent, stride in zip(extents, self.spread, strict=True):
             total = extent + stride - 2
@@ -461,49 +453,27 @@ def dropout(piece: Piece, node: Node, source: Node) -> Step | None:
     """`Dropout`: what is kept makes up for what is dropped."""
     if len(piece.masks) != 1 or piece.leaves or piece.reduced:
         return None
-    probability = _probability(piece.masks[0])
-    ratio = piece.values / SIGNAL
-    for kept, keep in ((MASK, probability), (~MASK, 1 - probability)):
-        if not ratio[:, ~kept].any() and 0 < keep <= 1:
-            if np.allclose(ratio[:, kept] * keep, 1, rtol=4e-3):
-                link = _spec.Dropout(float(f"{1 - keep:.6g}"))
+    share, ratio = _share(piece.masks[0]), piece.values / SIGNAL
+    for kept, keep in ((MASK, share), (~MASK, 1 - share)):
+        factor = float(np.median(ratio[:, kept]))
+        if not ratio[:, ~kept].any() and np.ptp(ratio[:, kept]) < 1e-6:
+            if abs(factor * keep - 1) < 4e-3:
+                link = _spec.Dropout(float(f"{1 - 1 / factor:.6g}"))
                 return Step(node, source, [link], elementwise=True)
     return None
 
 
-def _probability(mask: Node) -> float:
-    """How likely a random bit is to be set; NaN where that cannot be told."""
+def _share(mask: Node) -> float:
+    """How many random bits are set, if `jax.random.uniform` decides; else NaN."""
     while mask.op in ("broadcast_in_dim", "reshape", "squeeze"):
         mask = mask.operands[0]
-    if mask.op == "not":
-        return 1 - _probability(mask.operands[0])
-    if mask.op not in ("lt", "le", "gt", "ge"):
+    drawn = [node for node in graph.above(mask) if node.op == "bitcast_convert_type"]
+    mantissas = 1 + (np.arange(20_000).reshape(2, -1) + 0.5) / 20_000
+    try:
+        piece = graph.evaluate(mask, drawn[0], mantissas) if len(drawn) == 1 else None
+    except graph.Unmatched:
         return math.nan
-    low, high = mask.operands if mask.op in ("lt", "le") else mask.operands[::-1]
-    bounds = [_number(low), _number(high)]
-    if bounds[0] is None and bounds[1] is not None and _is_uniform(low):
-        return bounds[1]
-    if bounds[1] is None and bounds[0] is not None and _is_uniform(high):
-        return 1 - bounds[0]
-    return math.nan
-
-
-def _number(node: Node) -> float | None:
-    while node.op == "broadcast_in_dim":
-        node = node.operands[0]
-    return None if node.value is None else float(node.value)
-
-
-def _is_uniform(node: Node) -> bool:
-    """Whether it is what `jax.random.uniform` makes of random bits, from 0 to 1."""
-    for mantissa in graph.above(node):
-        if mantissa.op == "bitcast_convert_type":  # a number from 1 to 2
-            try:
-                values = graph.evaluate(node, mantissa).values
-            except graph.Unmatched:
-                return False
-            return np.allclose(values, np.maximum(SIGNAL - 1, 0))
-    return False
+    return math.nan if piece is None or piece.masks else float(np.mean(piece.values))
 
 
 # --- Normalisations ------------------------------------------------------------------
@@ -524,7 +494,7 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
         leaf.rpartition("/")[2]: piece.leaves[leaf] for leaf in piece.paths["param"]
     }
     # Against small values, too: there the epsilon counts.
-    small = graph.evaluate(node, source, 1e-3)
+    small = graph.evaluate(node, source, SIGNAL * 1e-3)
     candidates = zip(
         _normalised(piece, source), _normalised(small, source), strict=True
     )
