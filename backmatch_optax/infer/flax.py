@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import blocks as _blocks
@@ -128,15 +128,15 @@ def infer_spec(
         )
     _check_inputs(inputs, kwargs)
     # What is not an array, such as train=True, is part of the program.
-    leaves, tree = jax.tree.flatten((inputs, kwargs))
+    passed, tree = jax.tree.flatten((inputs, kwargs))
     arrays = {
         index: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for index, leaf in enumerate(leaves)
+        for index, leaf in enumerate(passed)
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     }
 
     def arguments(values: Mapping[int, Any]) -> tuple[Any, Any]:
-        filled = [values.get(index, leaf) for index, leaf in enumerate(leaves)]
+        filled = [values.get(index, leaf) for index, leaf in enumerate(passed)]
         return jax.tree.unflatten(tree, filled)
 
     def trace(arrays: Mapping[int, Any]) -> Any:
@@ -157,58 +157,54 @@ def infer_spec(
         _check_batch(trace, arrays, error)
         raise
     given = _arguments(variables, arrays)
-    outputs = graph.read(closed, given)
     params = {path: leaf.shape for path, leaf in _by_path(variables["param"]).items()}
-    places = [keystr(place) for place, _ in jax.tree_util.tree_leaves_with_path(shapes)]
-    flowing = {
+    places = map(keystr, (path for path, _ in tree_leaves_with_path(shapes)))
+    outputs = {
         node: place
-        for node, place in reversed([*zip(outputs, places, strict=True)])
+        for node, place in zip(graph.read(closed, given), places, strict=True)
         if node.flows
     }
-    if len(flowing) != 1:
-        choices = [*reversed(flowing.values())]
-        example = _choosing(model, method, inputs, kwargs, choices)
+    if len(outputs) != 1:
         raise ValueError(
-            f"infer_spec: the model has {len(flowing)} outputs that depend on its "
-            f"inputs, but a chain has one. {example}"
+            f"infer_spec: the model has {len(outputs)} outputs that depend on its "
+            "inputs, but a chain has one. "
+            + _choosing(model, method, inputs, kwargs, [*outputs.values()])
         )
-    (output,) = flowing
-    steps: list[Step] = []
+    (output,) = outputs
+    unmeasured: list[Step] = []
 
     def collect(block: _spec.Block, step: Step) -> _spec.Block:
-        if not _blocks.is_measured(block):
-            steps.append(step)
+        unmeasured.extend([] if _blocks.is_measured(block) else [step])
         return block
+
+    def attempt(blocks: Sequence[_spec.Block]) -> Any:
+        return chain(output, params, blocks, collect)[1]
 
     try:
         found, used = chain(output, params, blocks, collect)
     except Unknown as unknown:
-
-        def attempt(blocks: Sequence[_spec.Block]) -> Any:
-            return chain(output, params, blocks, lambda block, _: block)[1]
-
         ways_out = _blocks.that_help(unknown, blocks, [*params], attempt)
         raise ValueError(_message(unknown, given, ways_out)) from None
     for block in blocks:
         if block not in used:
-            stands = "none is needed" if block.path is None else "the output does not "
-            if block.path is not None:
-                stands += f"depend on a module at {block.path!r}"
             raise ValueError(
-                f"infer_spec: blocks: {block} stands for nothing: {stands}; paths of "
-                f"parameters are {sorted(params)}"
+                f"infer_spec: blocks: {block} stands for nothing: the output does not "
+                f"depend on a module at {block.path!r}; paths of parameters are "
+                f"{sorted(params)}"
+                if block.path is not None
+                else f"infer_spec: blocks: {block} is not needed: links describe all"
             )
-    if steps:
-        inner = dict.fromkeys(leaf for step in steps for leaf in _blocks.leaves(step))
+    if unmeasured:
+        leaves = dict.fromkeys(leaf for s in unmeasured for leaf in _blocks.leaves(s))
         measure = functools.partial(
-            _blocks.measured, values=initial([*inner]), compiled={}
+            _blocks.measured, values=initial([*leaves]), compiled={}
         )
         found, _ = chain(output, params, blocks, measure)
     return found
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = tree_leaves_with_path(tree)
     return {text(path): leaf for path, leaf in leaves}
 
 
@@ -239,11 +235,8 @@ def _instead(model: Any) -> str:
         return ", the variables perhaps. Pass the module, and no variables"
     if isinstance(model, type):
         return ". Pass an instance of it"
-    if isinstance(getattr(model, "__self__", None), object) and callable(model):
-        owner = getattr(model, "__self__", None)
-        if owner is not None:
-            return f". Pass the {type(owner).__name__} that it is a method of"
-    return ""
+    owner = getattr(model, "__self__", None)
+    return f". Pass the {type(owner).__name__} that it is a method of" if owner else ""
 
 
 def _check_inputs(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -298,28 +291,23 @@ def _choosing(
     """How to choose one output, in the words of the model's own signature."""
     if not choices:
         return "None is left to choose: is it computed from the inputs?"
-    called = getattr(type(model), method) if isinstance(method, str) else method
-    parameters = [
-        *inspect.signature(called or type(model).__call__).parameters.values()
-    ]
-    names = [p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    name = method if isinstance(method, str) else getattr(method, "__name__", "")
+    called = getattr(type(model), name if method else "__call__", None)
+    if called is None or method not in (None, name, called):
+        return (
+            f"Choose one of {', '.join(choices)} at the end of the function that is "
+            "passed as method"
+        )
+    known = [*inspect.signature(called).parameters.values()][1:]
+    names = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
     names = [name for name in names if name not in kwargs][: len(inputs)]
     names += [f"x{index}" for index in range(len(names), len(inputs))]
     call = ", ".join([*names, *(f"{name}={name}" for name in kwargs)])
     head = ", ".join(["model", *names, *kwargs])
-    callee = f"model.{method}" if isinstance(method, str) else "model"
-    if method is not None and not isinstance(method, str):
-        owner = getattr(type(model), getattr(method, "__name__", ""), None)
-        if owner is not method:
-            return (
-                f"Choose one of {', '.join(choices)} at the end of the function that "
-                "is passed as method"
-            )
-        callee = f"model.{method.__name__}"
     return (
-        f"Choose one, as in method=lambda {head}: {callee}({call}){choices[0]}, and "
-        f"infer a chain for each of {', '.join(choices)}; or measure the scales of all "
-        "(measure_layer_scales)"
+        f"Choose one, as in method=lambda {head}: model{f'.{name}' if name else ''}"
+        f"({call}){choices[0]}, and infer a chain for each of {', '.join(choices)}; or "
+        "measure the scales of all (measure_layer_scales)"
     )
 
 

@@ -449,7 +449,7 @@ def evaluate(end: Node, start: Node, signal: Any = SIGNAL) -> Piece:
             elif node.op == "constant" and node.value is not None:
                 axes = tuple(map(_repeated, node.shape))
                 known[node] = _Sampled(np.float64(node.value), axes)
-            elif node.origins == {"random"} and node.dtype == np.bool_ and node != end:
+            elif start.flows and node.origins == {"random"} and node.dtype == bool:
                 piece.masks.append(node)
                 known[node] = _Sampled(MASK, tuple(map(_repeated, node.shape)))
             elif not node.operands or node.op in ("inputs", "input"):

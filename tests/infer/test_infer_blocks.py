@@ -571,7 +571,7 @@ def test_measured_numbers_of_an_nnx_model(concrete):
         ("d", r"must be a list such as \[spec.Block\('attend'\)\], but it is 'd'"),
         ([spec.Dense("d")], r"blocks\[0\] must be a spec.Block .* a .*Dense"),
         ([spec.Block("d"), "e"], r"blocks\[1\] must be a spec.Block .* 'e', a str"),
-        ([spec.Block(None)], "stands for nothing: none is needed"),
+        ([spec.Block(None)], r"Block\(None\) is not needed: links describe all"),
         ([spec.Block("e")], "does not depend on a module at 'e'"),
     ],
 )
