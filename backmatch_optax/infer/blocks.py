@@ -282,9 +282,9 @@ def _candidates(node: Node, params: Sequence[str]) -> Iterator[str | None]:
         yield None
     modules = [path.rpartition("/")[0] for path in uses]
     common = os.path.commonpath(modules) if modules and all(modules) else ""
-    nested = any(_is_below(path.rpartition("/")[0], common + "/") for path in params)
-    if len(uses) == 1 and (nested or not common):
-        yield uses[0]
+    around = {path.rpartition("/")[0] for path in params if _is_below(path, common)}
+    if len(uses) == 1 and (not common or around != {common}):
+        yield uses[0]  # its module holds other modules, too
     for module in (common, graph.module_path(node.scope) or ""):
         while module:
             yield module

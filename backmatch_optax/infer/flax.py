@@ -42,9 +42,9 @@ def infer_spec(
 ) -> _spec.LayerChain:
     """The layer chain of a Flax model, from one abstract trace.
 
-    Nothing is computed and nothing allocated: the model is traced with abstract inputs,
-    and what flows from its input to its output is recognised by what it does, however
-    it is written: modules or functions, in any order and nesting, inside `jax.jit`,
+    Nothing is computed and nothing allocated, but for the numbers of `blocks`. What
+    flows from the model's input to its output is recognised by what it does, however it
+    is written: as modules or functions, in any order and nesting, inside `jax.jit`,
     `jax.checkpoint` and their Flax counterparts or not. The result is an ordinary
     `spec.LayerChain`; its `repr` is code to paste, edit and keep.
 
@@ -57,7 +57,9 @@ def infer_spec(
     `"SAME"` for a padding of 1 around a 3x3 kernel of stride 1. Of a residual's two
     arms the one with more links is the branch, the first where they have as many.
 
-    Where something is described by no link, the error says which `blocks=` would do.
+    Where no link describes something, the error names `blocks=` that were tried and do.
+    A model may also add `h` and `relu(h)`: two signals that correlate. `Residual` takes
+    its arms as unrelated, so such a sum is refused unless a kernel is in between.
 
     Args:
       model: a `flax.linen.Module`, not bound, or a `flax.nnx.Module`, concrete or made
@@ -77,8 +79,8 @@ def infer_spec(
         a path, or for the uses of a single parameter. It grows until it has one input
         and one output: from the first call of the module to the last.
         `spec.Block(None)` stands for every stretch without parameters that no link
-        describes. Numbers that are not given are measured: that part of the model runs
-        once, with normal inputs of the shapes given here and with initial parameters.
+        describes. Numbers that are not given are measured: that part of the model runs,
+        with normal inputs of the shapes given here and with initial parameters.
       kwargs: other arguments of the model, such as `train=False`.
 
     Returns:

@@ -463,8 +463,9 @@ def evaluate(end: Node, start: Node, signal: Any = SIGNAL) -> Piece:
 
     with np.errstate(all="ignore"):
         result = sample(end)
-    if end.shape != start.shape or _unify(end, result.axes, whole) != whole:
+    if end.shape != start.shape:
         raise Unmatched(end)
+    _unify(end, result.axes, whole)
     piece.values = np.broadcast_to(result.values, piece.signal.shape)
     piece.reduced = result.reduced
     return piece
@@ -593,18 +594,7 @@ def _unify_axis(node: Node, first: _Axis, second: _Axis) -> _Axis:
         unified.append(max(a, b))  # axis -1, repeated values, comes before all others
     if left or right:
         raise Unmatched(node)
-    return _merged(unified)
-
-
-def _merged(factors: Sequence[_Factor]) -> _Axis:
-    """Neighbouring factors that are one again."""
-    merged: list[_Factor] = []
-    for axis, within, size in factors:
-        if merged and merged[-1][0] == axis >= 0 and merged[-1][1] == within * size:
-            merged[-1] = (axis, within, merged[-1][2] * size)
-        else:
-            merged.append((axis, within, size))
-    return tuple(merged)
+    return tuple(unified)
 
 
 def known(node: Node) -> bool:

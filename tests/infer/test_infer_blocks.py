@@ -483,6 +483,16 @@ def test_blocks_before_and_after_one_another():
     ]  # fmt: skip
 
 
+def test_a_parameter_beside_modules_is_a_block_by_itself():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x + nn.Dense(6, name="d")(x) * param(self, "gamma", 6)
+
+    chain = check(lambda _, x: Mixed(name="mixed")(x), jnp.ones((2, 6)))
+    assert chain.paths == ("mixed/d", "mixed/gamma")
+
+
 def test_an_embedding():
     def function(_: nn.Module, tokens: jax.Array) -> jax.Array:
         return nn.Dense(3, name="d")(nn.Embed(5, 6, name="embed")(tokens))
