@@ -209,39 +209,40 @@ def _joined(steps: Sequence[Step]) -> list[Step]:
             order = () if order == tuple(range(len(order))) else order
         if step.order or order:
             transposed.append(step)
-        else:
-            joined.append(step)
         if transposed and not order:
-            block = _one_block(transposed)
-            joined += transposed if block is None else [block]
+            joined += _one_block(transposed) or transposed
             transposed = []
-        pair = joined[-2:]
-        if len(pair) == 2 and all(_block(step, None) for step in pair):
-            joined[-2:] = [dataclasses.replace(pair[1], source=pair[0].source)]
+        elif not order:
+            joined.append(step)
+        if len(joined) > 1 and all(map(_is_nameless, joined[-2:])):
+            last = joined.pop()
+            joined[-1] = dataclasses.replace(last, source=joined[-1].source)
     return joined + transposed
 
 
-def _block(step: Step, *paths: str | None) -> _spec.Block | None:
-    """The block that a step is, if it is one."""
-    (link,) = step.links if len(step.links) == 1 else (None,)
-    if isinstance(link, _spec.Block) and (not paths or link.path in paths):
-        return link
-    return None
+def _is_nameless(step: Step) -> bool:
+    """Whether a step is a block without parameters."""
+    return any(isinstance(link, _spec.Block) and not _owns(link) for link in step.links)
 
 
-def _one_block(steps: Sequence[Step]) -> Step | None:
-    """Steps as the one block among them, if no other has parameters."""
-    blocks = [block for step in steps if (block := _block(step))]
-    owners = [link for step in steps for link in step.links if link.roles]
-    if len(blocks) != 1 or owners or any(step.arms or step.bias for step in steps):
-        return None
-    return Step(steps[-1].node, steps[0].source, blocks, opaque=True)
+def _one_block(steps: Sequence[Step]) -> list[Step]:
+    """Steps as the one block among them, if nothing else has parameters."""
+    links = [link for step in steps for link in step.links]
+    blocks = [link for link in links if isinstance(link, _spec.Block)]
+    others = any(link.roles for link in links) or any(s.arms or s.bias for s in steps)
+    if len(blocks) != 1 or others:
+        return []
+    return [Step(steps[-1].node, steps[0].source, blocks, opaque=True)]
+
+
+def _owns(link: Any) -> bool:
+    return getattr(link, "path", None) is not None
 
 
 def _mixes(steps: Sequence[Step]) -> bool:
     """Whether every way through some steps meets a kernel, which decorrelates."""
     return any(
-        any(link.owns_subtree or "kernel" in link.roles for link in step.links)
+        any("kernel" in x.roles or (x.owns_subtree and _owns(x)) for x in step.links)
         or (step.arms is not None and all(map(_mixes, step.arms)))
         for step in steps
     )

@@ -436,7 +436,7 @@ def check(function: Callable[..., Any], x: jax.Array) -> spec.LayerChain:
 
 
 def scales(chain: spec.LayerChain, params: Any) -> dict[str, jax.Array]:
-    return bmo.layer_scales(params, chain)
+    return bmo.layer_scales(params=params, spec=chain)
 
 
 class Stacked(nn.Module):
@@ -481,6 +481,18 @@ def test_blocks_before_and_after_one_another():
     assert [type(link).__name__ for link in chain.layers] == [
         "Block", "Block", "Dense", "Block", "Dense", "GlobalAvgPool", "Block"
     ]  # fmt: skip
+
+
+def test_an_unknown_function_beside_its_own_input():
+    def function(_: nn.Module, x: jax.Array) -> jax.Array:
+        x = nn.Dense(6, name="d")(x)
+        return x + jnp.sin(x)
+
+    _, block = check(function, jnp.ones((64, 6))).layers
+    assert isinstance(block, spec.Block)
+    # E (1 + cos x)^2 for a normal x: with the cross term, 2 / sqrt(e).
+    expected = 1 + 2 / math.e**0.5 + (1 + math.e**-2) / 2
+    assert block.input_curvature == pytest.approx(expected, rel=0.03)
 
 
 def test_a_parameter_beside_modules_is_a_block_by_itself():
