@@ -337,7 +337,7 @@ def _message(
         if ways_out[-1].path == "":
             text += "This is all of the model; a module of its own keeps it small. "
         elif graph.known(node) and len(node.flow) == 1:
-            text += "If its rule is known, let a spec.Link of your own take its place. "
+            text += "If you know its rule, put a spec.Link of yours in its place. "
     or_use = "Or use" if ways_out else "Use"
     return f"{text}{or_use} measured scales (measure_layer_scales): they need no chain."
 

@@ -493,12 +493,7 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
     leaves |= {
         leaf.rpartition("/")[2]: piece.leaves[leaf] for leaf in piece.paths["param"]
     }
-    # Against small values, too: there the epsilon counts.
-    small = graph.evaluate(node, source, SIGNAL * 1e-3)
-    candidates = zip(
-        _normalised(piece, source), _normalised(small, source), strict=True
-    )
-    for (link, centred, square), (_, *parts) in candidates:
+    for index, (link, centred, square) in enumerate(_normalised(piece, source)):
         affine = centred / np.sqrt(square) * leaves["scale"] + leaves["bias"]
         factor = _constant_ratio(piece.values, affine)
         if link is None or factor is None or not roles <= set(link.roles):
@@ -508,8 +503,11 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
             if params:  # it would not leave the bias alone
                 continue
             links.append(_spec.Scale(factor))
+        # Against small values the epsilon counts.
+        small = graph.evaluate(node, source, SIGNAL * 1e-3)
+        _, centred, square = [*_normalised(small, source)][index]
         normalised = (small.values - leaves["bias"]) / leaves["scale"] / factor
-        epsilon = np.median((parts[0] / normalised) ** 2 - parts[1])
+        epsilon = np.median((centred / normalised) ** 2 - square)
         usual = getattr(link, "epsilon", epsilon)
         if not np.isclose(epsilon, usual, rtol=1e-2, atol=1e-10):
             found: Any = {"epsilon": float(f"{max(epsilon, 0.0):.3g}")}
