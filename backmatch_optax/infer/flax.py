@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import types
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -448,8 +449,8 @@ def _value(leaf: Any, node: Node) -> Any:
     if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
         return jax.random.split(jax.random.key(0), node.shape)
     if node.op == "param" and len(node.shape) > 1:
-        values = jax.random.normal(jax.random.key(0), node.shape, node.dtype)
-        return values / math.sqrt(fan_in)
+        key = jax.random.key(zlib.crc32(node.path.encode()))  # another for each
+        return jax.random.normal(key, node.shape, node.dtype) / math.sqrt(fan_in)
     return jnp.full(node.shape, name in ("scale", "var"), node.dtype)
 
 
