@@ -191,10 +191,6 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: block(weight_curvature="2"),
         r"weight_curvature \(='2'\) must be a positive number or a function",
     ),
-    "block with None for a curvature": (
-        lambda: block(input_curvature=None),
-        r"input_curvature \(=None\) must be a positive number or a function",
-    ),
     "block with a vector for a curvature": (
         lambda: block(input_curvature=np.ones(2)),
         r"input_curvature \(=array.*\) must be a positive number or a function",

@@ -46,7 +46,7 @@ LINKS = {
     "Conv": ["path"],
     "ConvTranspose": ["path"],
     "Dense": ["path"],
-    "Dropout": [],
+    "Dropout": ["rate"],
     "Flatten": [],
     "GlobalAvgPool": [],
     "GroupNorm": ["path"],

@@ -604,3 +604,23 @@ def test_scales_are_the_inverse_mean_diagonal_of_the_gauss_newton_matrix(name):
         if name == "pooled" and path == "c":
             continue  # an average is smaller than what it is taken of; the rule says no
         np.testing.assert_allclose(np.mean(ratios), 1.0, atol=0.1, err_msg=path)
+
+
+def test_dropout_keeps_the_mean_and_adds_variance():
+    links = [spec.Dense("a"), spec.Dropout(0.75), spec.Dense("b")]
+    chain = spec.LayerChain(links, input_shape=(3,))
+    params = {name: {"kernel": jnp.eye(3)} for name in "ab"}
+    paper, mean_field = (
+        bmo.layer_scales(spec=chain, params=params, gains=gains)
+        for gains in ("paper", "mean_field")
+    )
+    assert {path: float(scale) for path, scale in paper.items()} == {"a": 1, "b": 1}
+    # A quarter of the entries is kept, four times as large.
+    for path in "ab":
+        assert float(mean_field[path]) == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1, 1.0, float("nan"), "0.5", None])
+def test_the_rate_of_dropout(rate):
+    with pytest.raises(ValueError, match=r"rate \(=.*\) must be a number in \[0, 1\)"):
+        spec.Dropout(rate)

@@ -1,32 +1,34 @@
 """The layer chain of a Flax model, read off one abstract trace.
 
-Three passes: the trace becomes a graph (`_infer_graph`); from its output to its input
-the graph is cut into steps (`_infer_steps`); from its input to its output the steps
-become links (`_infer_links`). Here are the traces themselves.
+The trace becomes a graph (`graph`). The graph is cut into steps, and the steps become
+links (`steps`). What each kind of layer looks like is in `links`; `blocks` has the
+user's own. Here are the traces themselves, and what to do where one has no chain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
+import math
 import types
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from backmatch_optax import spec as _spec
+from backmatch_optax.infer import blocks as _blocks
 from backmatch_optax.infer import graph
-from backmatch_optax.infer.graph import Node
-from backmatch_optax.infer.links import chain
-from backmatch_optax.infer.steps import Unknown, above, module_path
-from backmatch_optax.parameters import text
-
-_OUT = (
-    "Write the chain by hand with a spec.Block for it, or pass "
-    "blocks=[spec.Block(path, ...)] for a module that holds it; or use measured "
-    "scales (measure_layer_scales), which need no spec."
-)
+from backmatch_optax.infer.graph import Node, above, module_path
+from backmatch_optax.infer.links import Step, Unknown
+from backmatch_optax.infer.steps import chain
+from backmatch_optax.parameters import join, text
+from backmatch_optax.spec.link import kind_of
 
 
 def infer_spec(
@@ -41,9 +43,9 @@ def infer_spec(
 ) -> _spec.LayerChain:
     """The layer chain of a Flax model, from one abstract trace.
 
-    Nothing is computed and nothing allocated: the model is traced with abstract inputs,
-    and what flows from its input to its output is recognised by what it does, however
-    it is written: modules or functions, in any order and nesting, inside `jax.jit`,
+    Nothing is computed and nothing allocated, but for the numbers of `blocks`. What
+    flows from the model's input to its output is recognised by what it does, however it
+    is written: as modules or functions, in any order and nesting, inside `jax.jit`,
     `jax.checkpoint` and their Flax counterparts or not. The result is an ordinary
     `spec.LayerChain`; its `repr` is code to paste, edit and keep.
 
@@ -55,6 +57,10 @@ def infer_spec(
     `silu` for `swish`, `elu` for `celu`, `Conv` for a `ConvTranspose` of stride 1,
     `"SAME"` for a padding of 1 around a 3x3 kernel of stride 1. Of a residual's two
     arms the one with more links is the branch, the first where they have as many.
+
+    Where no link describes something, the error names `blocks=` that were tried and do.
+    A model may also add `h` and `relu(h)`: two signals that correlate. `Residual` takes
+    its arms as unrelated, so such a sum is refused unless a kernel is in between.
 
     Args:
       model: a `flax.linen.Module`, not bound, or a `flax.nnx.Module`, concrete or made
@@ -70,8 +76,12 @@ def infer_spec(
         `Module.apply`; None for all but the parameters.
       axis_names: names of device axes that the model averages over, as
         `BatchNorm(axis_name="batch")` does in training.
-      blocks: a `spec.Block` for each module, by its `path`, whose inside is not to be
-        looked at.
+      blocks: what is to be a `spec.Block`. `spec.Block(path)` stands for the module at
+        a path, or for the uses of a single parameter. It grows until it has one input
+        and one output: from the first call of the module to the last.
+        `spec.Block(None)` stands for every stretch without parameters that no link
+        describes. Numbers that are not given are measured: that part of the model runs,
+        with normal inputs of the shapes given here and with initial parameters.
       kwargs: other arguments of the model, such as `train=False`.
 
     Returns:
@@ -82,7 +92,7 @@ def infer_spec(
         (attention, recurrence, gating, concatenation, an embedding, a derivative of the
         user's own, a parameter used twice or transformed before use), or there are
         several outputs. The message names the module, the operation, its line of code,
-        and the ways out.
+        and what to pass instead.
       ImportError: where Flax is not installed.
 
     Examples:
@@ -107,6 +117,7 @@ def infer_spec(
         raise ImportError(
             "infer_spec reads Flax models and needs Flax: pip install flax"
         ) from error
+    blocks = _blocks.checked(blocks)
     if isinstance(model, flax.linen.Module):
         tracer = _linen(model, method, rngs, mutable)
     elif isinstance(model, flax.nnx.Module):
@@ -116,43 +127,87 @@ def infer_spec(
     else:
         raise ValueError(
             "infer_spec: model must be a flax.linen.Module or a flax.nnx.Module, but "
-            f"it is {model!r}, a {type(model).__name__}"
+            f"it is {kind_of(model)}{_instead(model)}"
         )
+    _check_inputs(inputs, kwargs)
     # What is not an array, such as train=True, is part of the program.
-    leaves, tree = jax.tree.flatten((inputs, kwargs))
+    passed, tree = jax.tree.flatten((inputs, kwargs))
     arrays = {
         index: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for index, leaf in enumerate(leaves)
+        for index, leaf in enumerate(passed)
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     }
 
     def arguments(values: Mapping[int, Any]) -> tuple[Any, Any]:
-        filled = [values.get(index, leaf) for index, leaf in enumerate(leaves)]
+        filled = [values.get(index, leaf) for index, leaf in enumerate(passed)]
         return jax.tree.unflatten(tree, filled)
 
-    function, variables = tracer(arguments, arrays)
-    params = _by_path(variables["param"])
+    def trace(arrays: Mapping[int, Any]) -> Any:
+        function, variables, initial = tracer(arguments, arrays)
+        make = jax.make_jaxpr(
+            function, axis_env=[(name, 1) for name in axis_names], return_shape=True
+        )
+        return *make(variables, arrays), variables, initial
+
     try:
-        closed = jax.make_jaxpr(function, axis_env=[(name, 1) for name in axis_names])(
-            variables, arrays
-        )
-        outputs = graph.read(closed, _arguments(variables, arrays))
-        return chain(
-            outputs, {path: leaf.shape for path, leaf in params.items()}, blocks
-        )
-    except Unknown as unknown:
-        raise ValueError(_message(unknown)) from None
-    except NameError as error:
-        if "axis name" not in str(error):
-            raise
+        closed, shapes, variables, initial = trace(arrays)
+    except Exception as error:
+        if isinstance(error, NameError) and "axis name" in str(error):
+            raise ValueError(
+                f"infer_spec: the model averages over devices ({error}); name the axes "
+                'it does so over, as in axis_names=["batch"], or pass it in eval mode'
+            ) from None
+        _check_batch(trace, arrays, error)
+        raise
+    given = _arguments(variables, arrays)
+    params = {path: leaf.shape for path, leaf in _by_path(variables["param"]).items()}
+    places = map(keystr, (path for path, _ in tree_leaves_with_path(shapes)))
+    outputs = {
+        node: place
+        for node, place in zip(graph.read(closed, given), places, strict=True)
+        if node.flows
+    }
+    if len(outputs) != 1:
         raise ValueError(
-            f"infer_spec: the model averages over devices ({error}); name the axes it "
-            'does so over, as in axis_names=["batch"], or pass it in eval mode'
-        ) from None
+            f"infer_spec: the model has {len(outputs)} outputs that depend on its "
+            "inputs, but a chain has one. "
+            + _choosing(model, method, inputs, kwargs, [*outputs.values()])
+        )
+    (output,) = outputs
+    unmeasured: list[Step] = []
+
+    def collect(block: _spec.Block, step: Step) -> _spec.Block:
+        unmeasured.extend([] if _blocks.is_measured(block) else [step])
+        return block
+
+    def attempt(blocks: Sequence[_spec.Block]) -> Any:
+        return chain(output, params, blocks, collect)[1]
+
+    try:
+        found, used = chain(output, params, blocks, collect)
+    except Unknown as unknown:
+        ways_out = _blocks.that_help(unknown, blocks, [*params], attempt)
+        raise ValueError(_message(unknown, given, ways_out)) from None
+    for block in blocks:
+        if block not in used:
+            raise ValueError(
+                f"infer_spec: blocks: {block} stands for nothing: the output does not "
+                f"depend on a module at {block.path!r}; paths of parameters are "
+                f"{sorted(params)}"
+                if block.path is not None
+                else f"infer_spec: blocks: {block} is not needed: links describe all"
+            )
+    if unmeasured:
+        leaves = dict.fromkeys(leaf for s in unmeasured for leaf in _blocks.leaves(s))
+        measure = functools.partial(
+            _blocks.measured, values=initial([*leaves]), compiled={}
+        )
+        found, _ = chain(output, params, blocks, measure)
+    return found
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = tree_leaves_with_path(tree)
     return {text(path): leaf for path, leaf in leaves}
 
 
@@ -174,7 +229,94 @@ def _input_kind(leaf: Any) -> str:
     return "random" if is_key else "input"
 
 
-def _message(unknown: Unknown) -> str:
+# --- What is wrong, and what to do about it ------------------------------------------
+
+
+def _instead(model: Any) -> str:
+    """What may have been meant by a model that is none."""
+    if isinstance(model, Mapping):
+        return ", the variables perhaps. Pass the module, and no variables"
+    if isinstance(model, type):
+        return ". Pass an instance of it"
+    owner = getattr(model, "__self__", None)
+    return f". Pass the {type(owner).__name__} that it is a method of" if owner else ""
+
+
+def _check_inputs(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    if not inputs and not kwargs:
+        raise ValueError(
+            "infer_spec: the model's inputs are missing: infer_spec(model, images), "
+            "with arrays or jax.ShapeDtypeStructs"
+        )
+    for index, value in enumerate(inputs):
+        ints = isinstance(value, tuple | list) and all(type(n) is int for n in value)
+        if ints and value:
+            raise ValueError(
+                f"infer_spec: inputs[{index}] (={value!r}) is a shape. Pass an array "
+                f"or jax.ShapeDtypeStruct({tuple(value)}, jnp.float32), with the batch "
+                "dimension first"
+            )
+        if isinstance(value, Mapping) and "params" in value:
+            raise ValueError(
+                f"infer_spec: inputs[{index}] are the model's variables, which are not "
+                "needed. Pass the model and its inputs: infer_spec(model, images)"
+            )
+
+
+def _check_batch(trace: Any, arrays: Mapping[int, Any], error: Exception) -> None:
+    """Says so if a model that fails would not with a batch dimension."""
+    for index, leaf in arrays.items():
+        batched = jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+        with contextlib.suppress(Exception):
+            trace({**arrays, index: batched})
+            break
+    else:
+        return
+    raise ValueError(
+        f"infer_spec: the model fails ({type(error).__name__}). {_lacks_batch(leaf)}"
+    ) from error
+
+
+def _lacks_batch(leaf: Any) -> str:
+    return (
+        f"The input of shape {leaf.shape} seems to lack the batch dimension: pass "
+        f"jax.ShapeDtypeStruct({(1, *leaf.shape)}, jnp.{leaf.dtype}). "
+    )
+
+
+def _choosing(
+    model: Any,
+    method: Any,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    choices: Sequence[str],
+) -> str:
+    """How to choose one output, in the words of the model's own signature."""
+    if not choices:
+        return "None is left to choose: is it computed from the inputs?"
+    name = method if isinstance(method, str) else getattr(method, "__name__", "")
+    called = getattr(type(model), name if method else "__call__", None)
+    if called is None or method not in (None, name, called):
+        return (
+            f"Choose one of {', '.join(choices)} at the end of the function that is "
+            "passed as method"
+        )
+    known = [*inspect.signature(called).parameters.values()][1:]
+    names = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [name for name in names if name not in kwargs][: len(inputs)]
+    names += [f"x{index}" for index in range(len(names), len(inputs))]
+    call = ", ".join([*names, *(f"{name}={name}" for name in kwargs)])
+    head = ", ".join(["model", *names, *kwargs])
+    return (
+        f"Choose one, as in method=lambda {head}: model{f'.{name}' if name else ''}"
+        f"({call}){choices[0]}, and infer a chain for each of {', '.join(choices)}; or "
+        "measure the scales of all (measure_layer_scales)"
+    )
+
+
+def _message(
+    unknown: Unknown, given: Sequence[Node], ways_out: Sequence[_spec.Block]
+) -> str:
     node = unknown.node
     module = module_path(node.scope)
     if module is None:
@@ -184,7 +326,21 @@ def _message(unknown: Unknown) -> str:
     else:
         place = f"in module {module!r}" if module else "at the top of the model"
     line = f" ({node.source})" if node.source else ""
-    return f"infer_spec: {place}: {unknown.reason}{line}. {_OUT}"
+    text = f"infer_spec: {place}: {unknown.reason}{line}. "
+    for leaf in given:
+        if leaf.flows and any(n.shape == (1, *leaf.shape) for n in above(node)):
+            text += _lacks_batch(leaf)
+    if ways_out:
+        several = (
+            "them blocks, which are" if len(ways_out) > 1 else "it a block, which is"
+        )
+        text += f"Pass blocks={list(ways_out)} to make {several} measured. "
+        if ways_out[-1].path == "":
+            text += "This is all of the model; a module of its own keeps it small. "
+        elif graph.known(node) and len(node.flow) == 1:
+            text += "If you know its rule, put a spec.Link of yours in its place. "
+    or_use = "Or use" if ways_out else "Use"
+    return f"{text}{or_use} measured scales (measure_layer_scales): they need no chain."
 
 
 # --- Traces --------------------------------------------------------------------------
@@ -225,7 +381,29 @@ def _linen(model: Any, method: Any, rngs: Any, mutable: Any) -> Callable[..., An
             )
             return output
 
-        return function, {"param": params, "random": keys, "state": collections}
+        def values(nodes: Sequence[Node]) -> dict[Node, Any]:
+            # Of the initialisation only what these depend on is computed.
+            closed, made = jax.make_jaxpr(initial, return_shape=True)(keys, arrays)
+            leaves = _arguments({"random": keys}, arrays)
+            outputs = dict(zip(_by_path(made), graph.read(closed, leaves), strict=True))
+            key = jax.random.key(0)
+            given = {
+                leaf: (rngs or {}).get(leaf.path, key)
+                if leaf.op == "random"
+                else np.broadcast_to(np.ones((), leaf.dtype), leaf.shape)
+                for leaf in (*leaves, *nodes)
+                if leaf.op in ("input", "random")
+            }
+            ends = {
+                node: outputs[join("params" * (node.op == "param"), node.path)]
+                for node in nodes
+                if node not in given
+            }
+            computed = graph.run([*ends.values()], given)
+            return given | dict(zip(ends, computed, strict=True))
+
+        variables = {"param": params, "random": keys, "state": collections}
+        return function, variables, values
 
     return tracer
 
@@ -253,9 +431,27 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
             call = getattr(type(copy), method) if isinstance(method, str) else method
             return call(copy, *args, **kwargs)
 
-        return function, variables
+        def values(nodes: Sequence[Node]) -> dict[Node, Any]:
+            kinds = dict(zip(("param", "random", "state"), states, strict=True))
+            found = {kind: _by_path(tree) for kind, tree in kinds.items()}
+            return {node: _value(found[node.op][node.path], node) for node in nodes}
+
+        return function, variables, values
 
     return tracer
+
+
+def _value(leaf: Any, node: Node) -> Any:
+    """An NNX variable's own value; an initial one where the model is abstract."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    name, fan_in = node.path.rpartition("/")[2], math.prod(node.shape[:-1])
+    if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), node.shape)
+    if node.op == "param" and len(node.shape) > 1:
+        key = jax.random.key(zlib.crc32(node.path.encode()))  # another for each
+        return jax.random.normal(key, node.shape, node.dtype) / math.sqrt(fan_in)
+    return jnp.full(node.shape, name in ("scale", "var"), node.dtype)
 
 
 def _name(module: Any, path: str) -> None:

@@ -1,14 +1,15 @@
 """A traced function as a graph of values, and what a piece of that graph computes.
 
-Two things are read off a jaxpr here: who depends on whom, with every call inlined, so
-that it does not matter which parts of a model are compiled or rematerialised, or were
-traced before; and what an elementwise or normalising piece does, by evaluating it on a
-few sample values. A piece is known by what it computes, not by how it is written.
+`read` turns a jaxpr into nodes. Every call is inlined, so it does not matter which
+parts of a model are compiled, rematerialised or were traced before. `evaluate` puts a
+few sample values through an elementwise or normalising piece: a piece is known by what
+it computes, not by how it is written. `run` computes nodes with real arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.extend as jex
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.source_info_util import summarize
 
@@ -35,7 +37,9 @@ class Node:
     Attributes:
       op: the primitive that computes it, or what kind of leaf it is.
       operands: what it is computed from.
-      options: the primitive's parameters.
+      jaxpr: what the equation that computes it lies in; None for a leaf.
+      eqn: that equation.
+      result: which of the equation's results it is.
       shape: its shape.
       dtype: its dtype.
       origins: the kinds of leaves it depends on.
@@ -43,6 +47,9 @@ class Node:
       source: the line of code it comes from.
       path: of a leaf, its path among the parameters or other variables.
       value: of a constant, its value if that is the same everywhere.
+      array: of a constant, all of it.
+      uses: the paths of the parameters that it is computed from. A value that depends
+        on the input tells only those that it meets here.
       dominator: the last value that all paths from the input to it pass through; None
         where the input does not reach it.
       depth: how many dominators there are above.
@@ -50,7 +57,9 @@ class Node:
 
     op: str
     operands: tuple[Node, ...] = ()
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    jaxpr: Any = None
+    eqn: Any = None
+    result: int = 0
     shape: tuple[int, ...] = ()
     dtype: Any = None
     origins: frozenset[str] = frozenset()
@@ -58,8 +67,15 @@ class Node:
     source: str = ""
     path: str = ""
     value: Any = None
+    array: Any = None
+    uses: frozenset[str] = frozenset()
     dominator: Node | None = None
     depth: int = 0
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The primitive's parameters."""
+        return {} if self.eqn is None else self.eqn.params
 
     @property
     def flows(self) -> bool:
@@ -81,7 +97,9 @@ class Node:
 
 def leaf(kind: str, path: str, shape: tuple[int, ...], dtype: Any) -> Node:
     """An argument: `"input"`, `"param"`, `"state"` or `"random"`."""
-    return Node(kind, shape=shape, dtype=dtype, path=path, origins=frozenset({kind}))
+    uses = frozenset({path} if kind == "param" else ())
+    origins = frozenset({kind})
+    return Node(kind, shape=shape, dtype=dtype, path=path, origins=origins, uses=uses)
 
 
 def read(closed: Any, arguments: Sequence[Node]) -> list[Node]:
@@ -122,8 +140,8 @@ def _read(
             results = [part]
         else:
             results = [
-                _node(op, operands, eqn.params, variable.aval, within, line)
-                for variable in eqn.outvars
+                _node(jaxpr, eqn, index, operands, within, line)
+                for index in range(len(eqn.outvars))
             ]
         env.update(zip(eqn.outvars, results, strict=True))
     return list(map(look_up, jaxpr.outvars))
@@ -174,29 +192,31 @@ def _unstacked(
 
 
 def _node(
-    op: str,
+    jaxpr: Any,
+    eqn: Any,
+    result: int,
     operands: tuple[Node, ...],
-    options: Mapping[str, Any],
-    aval: Any,
     scope: str,
     source: str,
 ) -> Node:
+    op, aval = eqn.primitive.name, eqn.outvars[result].aval
     origins = frozenset().union(*(operand.origins for operand in operands))
     if op.startswith(("random_", "rng_", "threefry")):
         origins = frozenset({"random"})  # whatever key and counter it comes from
     elif op == "iota":
         origins |= {"array"}
     shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
-    node = Node(op, operands, options, shape, dtype, origins, scope, source)
-    common: Node | None = None
-    for operand in node.flow:
-        common = operand if common is None else _common_dominator(common, operand)
-    if common is not None:
-        node.dominator, node.depth = common, common.depth + 1
+    place = (jaxpr, eqn, result)
+    node = Node(op, operands, *place, shape, dtype, origins, scope, source)
+    node.uses = frozenset().union(*(o.uses for o in operands if not o.flows))
+    if node.flow:
+        dominator = functools.reduce(common_dominator, node.flow)
+        node.dominator, node.depth = dominator, dominator.depth + 1
     return node
 
 
-def _common_dominator(a: Node, b: Node) -> Node:
+def common_dominator(a: Node, b: Node) -> Node:
+    """The last value that all paths to either of two nodes pass through."""
     while a is not b:
         if a.depth < b.depth:
             a, b = b, a
@@ -208,12 +228,78 @@ def _common_dominator(a: Node, b: Node) -> Node:
 def _constant(value: Any) -> Node:
     shape = np.shape(value)
     dtype = value.dtype if hasattr(value, "dtype") else np.result_type(type(value))
+    node = Node("constant", shape=shape, dtype=dtype, array=value)
     if not isinstance(dtype, np.dtype):  # a random key
-        return Node("constant", shape=shape, dtype=dtype, origins=frozenset({"random"}))
+        node.origins = frozenset({"random"})
+        return node
     array = np.asarray(value)
-    if array.size != 1 and (not array.size or (array != array.flat[0]).any()):
-        return Node("constant", shape=shape, dtype=dtype, origins=frozenset({"array"}))
-    return Node("constant", shape=shape, dtype=dtype, value=array.flat[0])
+    if array.size == 1 or (array.size and (array == array.flat[0]).all()):
+        node.value = array.flat[0]
+    else:
+        node.origins = frozenset({"array"})
+    return node
+
+
+def above(*nodes: Node, until: Node | None = None) -> Iterator[Node]:
+    """The nodes and what they depend on, breadth first; not beyond a dominator."""
+    seen, queue = {until, *nodes}, [*nodes]
+    for found in queue:
+        yield found
+        new = [op for op in dict.fromkeys(found.operands) if op not in seen]
+        seen.update(new)
+        queue += new
+
+
+@functools.cache
+def module_path(scope: str) -> str | None:
+    """The path of the module that a name stack belongs to, None where it tells none."""
+    parts = [part for part in scope.split("/") if part and "(" not in part]
+    named = [part for part in parts if part.startswith("@")]
+    if named:
+        return named[-1][1:].replace(".", "/")
+    names: list[str] = []
+    for part in parts[1:]:  # the first is the class of the whole model
+        name = part.partition(".")[0]  # Linen appends the method, if not __call__
+        if name.isidentifier() and (name == part or names[-1:] != [name]):
+            names.append(name)
+    return "/".join(names) if parts else None
+
+
+def run(ends: Sequence[Node], values: Mapping[Node, Any]) -> list[Any]:
+    """Computes some nodes from the values of others that they depend on."""
+    values, pending = dict(values), [*ends]
+    while pending:  # no recursion: a piece may be a thousand nodes deep
+        node = pending[-1]
+        missing = [operand for operand in node.operands if operand not in values]
+        if node in values or not missing:
+            pending.pop()
+            if node not in values:
+                values[node] = _result(node, values)
+        else:
+            pending += missing
+    return [values[end] for end in ends]
+
+
+def _result(node: Node, values: Mapping[Node, Any]) -> Any:
+    eqn = node.eqn
+    if eqn is None:
+        return node.array
+    arguments = {}
+    for variable, operand in zip(eqn.invars, node.operands, strict=True):
+        if not isinstance(variable, jex.core.Literal):
+            value = jnp.asarray(values[operand])
+            # A conversion between floats is left out of the graph.
+            same = value.dtype == variable.aval.dtype
+            arguments[variable] = value if same else value.astype(variable.aval.dtype)
+    alone = node.jaxpr.replace(
+        constvars=[],
+        invars=[*arguments],
+        outvars=[eqn.outvars[node.result]],
+        eqns=[eqn],
+        effects=eqn.effects,
+    )
+    closed = jex.core.ClosedJaxpr(alone, ())  # pyright: ignore
+    return jex.core.jaxpr_as_fun(closed)(*arguments.values())[0]
 
 
 # --- What a piece of the graph computes ----------------------------------------------
@@ -271,7 +357,7 @@ SIGNAL = np.stack(
         np.concatenate([_BENDING[::-1] + 1 / 3, [-200.0, 90.0, 110.0, 350.0]]),
     ]
 )
-_MASK = np.arange(SIGNAL.shape[1]) % 3 != 0
+MASK = np.arange(SIGNAL.shape[1]) % 3 != 0
 
 # An axis as the factors of original axes that it is made of: (axis, size of all that is
 # inside of the factor, size). Axis -1 stands for values repeated along an axis.
@@ -296,45 +382,59 @@ class _Sampled:
 
 @dataclasses.dataclass
 class Piece:
-    """What the part of the graph between two nodes makes of `SIGNAL`.
+    """What the part of the graph between two nodes makes of a signal.
 
     Attributes:
-      values: the outcome, in the shape of `SIGNAL`: all of the graph's axes are the
+      signal: the samples.
+      values: the outcome, in the shape of the signal: all of the graph's axes are the
         axis of samples, and there is one row for each population.
       reduced: the factors of the input's axes that statistics are taken over.
       leaves: the values that stand for parameters and other variables, by path.
       paths: the paths of the leaves by kind, `"param"` and `"state"`.
-      mask: what stands for random bits, where there are any.
+      masks: the random bits, which `MASK` stands for.
     """
 
-    values: Any
-    reduced: frozenset[_Factor]
-    leaves: dict[str, Any]
-    paths: dict[str, list[str]]
-    mask: Any
+    signal: Any
+    values: Any = None
+    reduced: frozenset[_Factor] = frozenset()
+    leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
+    paths: dict[str, list[str]] = dataclasses.field(
+        default_factory=lambda: {"param": [], "state": []}
+    )
+    masks: list[Node] = dataclasses.field(default_factory=list)
 
 
-def evaluate(end: Node, start: Node) -> Piece:
+def evaluate(end: Node, start: Node, signal: Any = SIGNAL) -> Piece:
     """Evaluates what lies between a node and one of its dominators.
 
     The population that statistics are taken over and the features are both the axis of
     samples: a reduction is a mean over it, times the true count. Which axes that would
     be is followed beside the values.
 
+    Args:
+      end: the node.
+      start: the dominator.
+      signal: the samples, two populations of them.
+
+    Returns:
+      What the piece makes of the samples.
+
     Raises:
       Unmatched: where something in between is neither elementwise nor a statistic that
         is put back where it was taken from.
     """
     rng = np.random.default_rng(0)
-    piece = Piece(None, frozenset(), {}, {"param": [], "state": []}, None)
-    whole = tuple(((axis, 1, size),) for axis, size in enumerate(start.shape))
-    known = {start: _Sampled(SIGNAL, whole)}
+    piece, size = Piece(signal), np.var(signal) / np.var(SIGNAL)
+    whole = tuple(((axis, 1, length),) for axis, length in enumerate(start.shape))
+    known = {start: _Sampled(piece.signal, whole)}
 
     def variable(node: Node) -> _Sampled:
         if node.path not in piece.leaves:
             # Positive, as a variance is, and far above any epsilon.
-            low, high = (0.5, 2.0) if node.op == "param" else (1e3, 2e3)
-            piece.leaves[node.path] = rng.uniform(low, high, SIGNAL.shape[1])
+            values = rng.uniform(0.5, 2.0, signal.shape[1])
+            piece.leaves[node.path] = (
+                values if node.op == "param" else values * 1e3 * size
+            )
             piece.paths[node.op].append(node.path)
         axes = [_repeated(size) for size in node.shape]
         # A parameter's last axis is that of the features; a single one fits any axis.
@@ -349,9 +449,9 @@ def evaluate(end: Node, start: Node) -> Piece:
             elif node.op == "constant" and node.value is not None:
                 axes = tuple(map(_repeated, node.shape))
                 known[node] = _Sampled(np.float64(node.value), axes)
-            elif node.origins == {"random"} and node.dtype == np.bool_:
-                piece.mask = _MASK
-                known[node] = _Sampled(_MASK, tuple(map(_repeated, node.shape)))
+            elif start.flows and node.origins == {"random"} and node.dtype == bool:
+                piece.masks.append(node)
+                known[node] = _Sampled(MASK, tuple(map(_repeated, node.shape)))
             elif not node.operands or node.op in ("inputs", "input"):
                 raise Unmatched(node)
             else:
@@ -363,9 +463,10 @@ def evaluate(end: Node, start: Node) -> Piece:
 
     with np.errstate(all="ignore"):
         result = sample(end)
-    if end.shape != start.shape or _unify(end, result.axes, whole) != whole:
+    if end.shape != start.shape:
         raise Unmatched(end)
-    piece.values = np.broadcast_to(result.values, SIGNAL.shape)
+    _unify(end, result.axes, whole)
+    piece.values = np.broadcast_to(result.values, piece.signal.shape)
     piece.reduced = result.reduced
     return piece
 
@@ -493,18 +594,7 @@ def _unify_axis(node: Node, first: _Axis, second: _Axis) -> _Axis:
         unified.append(max(a, b))  # axis -1, repeated values, comes before all others
     if left or right:
         raise Unmatched(node)
-    return _merged(unified)
-
-
-def _merged(factors: Sequence[_Factor]) -> _Axis:
-    """Neighbouring factors that are one again."""
-    merged: list[_Factor] = []
-    for axis, within, size in factors:
-        if merged and merged[-1][0] == axis >= 0 and merged[-1][1] == within * size:
-            merged[-1] = (axis, within, merged[-1][2] * size)
-        else:
-            merged.append((axis, within, size))
-    return tuple(merged)
+    return tuple(unified)
 
 
 def known(node: Node) -> bool:

@@ -1,375 +1,552 @@
-"""From the input of a graph to its output: its steps as links."""
+"""How each kind of layer is recognised in a graph: one function for each.
+
+To teach inference a new kind of layer, write one function here. Under the names of
+primitives, `@rule(...)` makes it responsible for what these compute. Under none it is
+asked about every elementwise or normalising piece of the graph, with what the piece
+makes of sample values. The order of the functions is the order in which they are asked.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.infer.graph import Node
-from backmatch_optax.infer.steps import Step, Unknown, steps_between
+from backmatch_optax.infer import graph
+from backmatch_optax.infer.graph import MASK, SIGNAL, Node, Piece
+from backmatch_optax.spec.elementwise import ACTIVATIONS
 from backmatch_optax.spec.link import Shape
-from backmatch_optax.spec.windows import low_padding
+
+# What stands behind primitives that no link describes.
+MEANINGS = {
+    "argmax": "an index taken from the signal",
+    "concatenate": "a concatenation",
+    "cond": "a branch on data",
+    "custom_jvp_call": "a function with a derivative of its own",
+    "custom_vjp_call": "a function with a derivative of its own",
+    "cumsum": "a cumulative sum",
+    "dot_general": "a matrix product that is no Dense layer",
+    "dynamic_slice": "indexing",
+    "dynamic_update_slice": "an update of a part",
+    "fft": "a Fourier transform",
+    "gather": "indexing, or an embedding",
+    "pad": "padding that no convolution follows",
+    "reduce_max": "a maximum over features or batch",
+    "reduce_sum": "a sum over features or batch",
+    "scan": "a loop (recurrence)",
+    "slice": "indexing",
+    "sort": "an order by value",
+    "split": "a split",
+    "stop_gradient": "a stopped gradient",
+    "while": "a loop (recurrence)",
+}
 
 
-def chain(
-    outputs: Sequence[Node], shapes: Mapping[str, Shape], blocks: Sequence[_spec.Block]
-) -> _spec.LayerChain:
-    """The chain that a graph is, checked link by link against the parameters."""
-    flowing = dict.fromkeys(node for node in outputs if node.flows)
-    if len(flowing) != 1:
-        raise ValueError(
-            f"infer_spec: the model has {len(flowing)} outputs that depend on its "
-            "inputs, but a chain has one. Choose one, as in "
-            "method=lambda model, x: model(x)[0]."
-        )
-    (output,) = flowing
-    *_, start = (output, *(n for n in output.dominators() if n.op != "inputs"))
-    if start.op != "input":
-        raise Unknown(start, f"{start.op} combines several inputs of the model")
-    if len(start.shape) < 2:
+@dataclasses.dataclass
+class Step:
+    """What happens between a node and the one it is computed from."""
+
+    node: Node
+    source: Node
+    links: Sequence[_spec.Link] = ()  # one after the other
+    arms: tuple[list[Step], list[Step]] | None = None  # of a residual
+    bias: str = ""  # path of a parameter added to the signal
+    window: Window | None = None  # that the first of its links slides over positions
+    padding: tuple[Any, ...] = ()  # (low, high) per axis, for a convolution to come
+    mode: str = ""  # how that is filled: "CIRCULAR", "REFLECT"; empty for zeros
+    order: tuple[int, ...] = ()  # of a transpose
+    elementwise: bool = False  # so that the order of the axes does not matter
+    begins: bool = False  # that the chain begins behind it
+    # Whether a piece of the graph that goes on beyond it cannot be one link.
+    opaque: bool = False
+
+    @property
+    def batch(self) -> int:
+        """The batch size, where the axes are in order."""
+        return self.source.shape[0] if self.source.shape else 0
+
+
+class Unknown(Exception):
+    """Something on the way from the input to the output that no link describes."""
+
+    def __init__(self, node: Node, reason: str, block: _spec.Block | None = None):
+        super().__init__(reason)
+        self.node = node
+        self.reason = reason
+        self.block = block  # that would describe it, taken from here on
+
+
+RULES: dict[str, Callable[[Node], Step]] = {}
+PATTERNS: list[Callable[[Piece, Node, Node], Step | None]] = []
+
+
+def rule(*primitives: str) -> Callable[[Any], Any]:
+    """Enters a function under primitives, or among those that know pieces."""
+
+    def enter(function: Any) -> Any:
+        RULES.update({primitive: function for primitive in primitives})
+        if not primitives:
+            PATTERNS.append(function)
+        return function
+
+    return enter
+
+
+def description(node: Node) -> str:
+    """What a value is that the input does not reach."""
+    if "random" in node.origins:
+        return "random numbers"
+    paths = [repr(found.path) for found in graph.above(node) if found.path]
+    return f"what is computed from {', '.join(paths)}" if paths else "an array"
+
+
+# --- Linear layers -------------------------------------------------------------------
+
+
+def _kernel_path(node: Node) -> str:
+    """The path of the layer whose kernel a linear operation multiplies with."""
+    signal, kernel = node.operands
+    if kernel.flows:
+        other = f"the signal with {description(signal)} on its left"
+        both = "two signals, as attention does"
+        raise Unknown(node, f"{node.op} multiplies {both if signal.flows else other}")
+    if kernel.op != "param":
+        raise Unknown(node, f"the kernel of {node.op} is {description(kernel)}")
+    path, _, name = f"/{kernel.path}".rpartition("/")
+    if name != "kernel":
         raise Unknown(
-            start,
-            f"its input of shape {start.shape} has no batch dimension or features",
+            node,
+            f"{node.op} multiplies with {kernel.path!r}. Parameters are known by their "
+            "names, as Flax gives them: call it 'kernel' in the model, and a bias "
+            "'bias', to make it a layer",
         )
-    links = _Links(start.shape[1:], shapes, set(), leading=True)
-    for step in steps_between(output, start, blocks):
-        links.add(step)
-    links.finish(output)
-    for block in blocks:
-        if block.path not in links.used:
-            raise ValueError(
-                f"infer_spec: blocks: the output does not depend on a module at "
-                f"{block.path!r}; paths of parameters are {sorted(shapes)}"
-            )
-    return _spec.LayerChain(links.links, input_shape=links.start)
+    return path[1:]
 
 
-_WINDOWED = (_spec.Conv, _spec.ConvTranspose, _spec.MaxPool, _spec.AvgPool)
-_NORMALISATIONS = (_spec.BatchNorm, _spec.LayerNorm, _spec.GroupNorm)
-_ELEMENTWISE = (_spec.Activation, _spec.Scale, _spec.Dropout)
-
-
-class _Links:
-    """Links one after the other, with the shape that they come to.
-
-    That shape may divide the positions in other ways than the traced one does: a Dense
-    layer on 64 tokens is one on 8 x 8 positions. Only windows need it to be the same.
-    """
-
-    def __init__(
-        self,
-        start: Shape,
-        params: Mapping[str, Shape],
-        used: set[str],
-        *,
-        leading: bool,
-    ):
-        self.start = self.shape = start
-        self.params = params
-        self.used = used  # paths, also those of links side by side with these
-        self.leading = leading
-        self.links: list[_spec.Link] = []
-        self.shapes: list[Shape] = []  # at the input of each link
-        self.order: tuple[int, ...] = ()  # of axes, where it is not the input's
-        self.padding: tuple[Any, ...] = ()  # that a convolution will take
-        self.mode = ""
-
-    def add(self, step: Step) -> None:
-        """Adds what a step says."""
-        if step.begins:
-            if not self.leading:
-                raise Unknown(
-                    step.node, f"{step.node.op} combines the input with an array"
-                )
-            return
-        if step.order:
-            self._transpose(step)
-            return
-        if self.order and not all(
-            isinstance(link, _ELEMENTWISE) for link in step.links
-        ):
-            self._refuse_order(step.node)
-        if self.order and not step.links:
-            # To flatten is the same in any order of the axes.
-            flattens = step.node.op == "reshape" and len(step.node.shape) == 2
-            if not flattens or self.order[0] or step.node.shape[0] != step.batch:
-                self._refuse_order(step.node)
-            self.order = ()
-        if not self.order and step.node.shape[:1] != (step.batch,):
-            raise Unknown(step.node, f"{step.node.op} changes the batch dimension")
-        if step.padding:
-            self._pad(step)
-            return
-        if self.padding and not isinstance(next(iter(step.links), None), _WINDOWED):
-            raise Unknown(step.node, "padding is followed by no convolution")
-        if step.bias:
-            self._add_bias(step)
-        elif step.arms:
-            self._add_residual(step, step.arms)
-        elif step.links:
-            for link in step.links:
-                self._append(link, step)
-            if len(step.node.shape) == 2 < len(self.shape) + 1 and not self.order:
-                self._append(_spec.Flatten(), step)  # a maximum over all positions
-        else:
-            self._reshape(step)
-        if math.prod(self.shape) != math.prod(step.node.shape[1:]):
-            raise Unknown(
-                step.node,
-                f"{step.node.op} gives shape {step.node.shape}, but {self.links[-1]} "
-                f"{self.shape} without the batch",
-            )
-
-    def finish(self, end: Node) -> None:
-        """Checks that nothing is left over."""
-        if self.order:
-            self._refuse_order(end)
-        if self.padding:
-            raise Unknown(end, "padding is followed by no convolution")
-
-    def _refuse_order(self, node: Node) -> None:
-        raise Unknown(node, f"{node.op} acts on a signal whose axes are transposed")
-
-    def _transpose(self, step: Step) -> None:
-        before = self.order or tuple(range(len(step.order)))
-        after = tuple(before[axis] for axis in step.order)
-        self.order = () if after == tuple(range(len(after))) else after
-        if self.order and self.leading and not self.links and not step.order[0]:
-            # An input in another order of axes: the chain begins behind.
-            self.start = self.shape = step.node.shape[1:]
-            self.order = ()
-
-    def _pad(self, step: Step) -> None:
-        if self.padding and self.mode != step.mode:
-            raise Unknown(step.node, "paddings of two kinds follow one another")
-        before = self.padding or ((0, 0),) * len(step.padding)
-        self.mode = step.mode
-        self.padding = tuple(
-            (a + c, b + d) for (a, b), (c, d) in zip(before, step.padding, strict=True)
-        )
-
-    def _add_bias(self, step: Step) -> None:
-        path = step.bias.rpartition("/")[0]
-        last = self.links[-1] if self.links else None
-        if isinstance(last, _NORMALISATIONS) and last.path is None:
-            # The bias of a normalisation without a scale.
-            self.links[-1] = last = dataclasses.replace(last, path=path)
-            self._use(path, step)
-        if getattr(last, "path", None) != path or "bias" not in getattr(
-            last, "roles", ()
-        ):
-            raise Unknown(
-                step.node,
-                f"{step.node.op} adds {step.bias!r}, but not to its own layer",
-            )
-
-    def _add_residual(self, step: Step, arms: tuple[list[Step], ...]) -> None:
-        sides = []
-        for arm in arms:
-            side = _Links(self.shape, self.params, self.used, leading=False)
-            for inner in arm:
-                side.add(inner)
-            side.finish(step.node)
-            sides.append(side)
-        first, second = sides
-        if first.shape != second.shape:
-            raise Unknown(
-                step.node,
-                f"the two sides of {step.node.op} divide the positions in two ways, "
-                f"{first.shape} and {second.shape}",
-            )
-        branch, shortcut = sorted(sides, key=lambda side: -_count(side.links))
-        self._put(_spec.Residual(branch.links, shortcut.links))
-        self.shape = first.shape
-
-    def _append(self, link: _spec.Link, step: Step) -> None:
-        if isinstance(link, _spec.Scale):
-            self._scale(link.factor, step)
-            return
-        actual = step.source.shape[1:]
-        if isinstance(link, _WINDOWED):
-            if self.padding:
-                pads = (low + high for low, high in self.padding)
-                sizes = zip(actual[:-1], pads, strict=True)
-                actual = (*(size - pad for size, pad in sizes), actual[-1])
-            if self.shape != actual:
-                self._restore_positions(actual, step)
-            link = self._padded(link, step)
-        path = getattr(link, "path", None)
-        if path is not None:
-            self._use(path, step)
-        shapes = {
-            role: self.params[found]
-            for role in link.roles
-            if (found := f"{path}/{role}" if path else role) in self.params
-        }
-        try:
-            after = link.shape_after(self.shape, shapes)
-        except (ValueError, KeyError) as error:
-            raise Unknown(step.node, f"{link}: {error}") from None
-        if isinstance(link, _spec.Block) and after != step.node.shape[1:]:
-            raise Unknown(
-                step.node, f"{link} must have output_shape={step.node.shape[1:]}"
-            )
-        self._put(link)
-        self.shape = after
-
-    def _use(self, path: str, step: Step) -> None:
-        if path in self.used:
-            raise Unknown(
-                step.node, f"the parameters of {path!r} are used more than once"
-            )
-        self.used.add(path)
-
-    def _put(self, link: _spec.Link) -> None:
-        self.links.append(link)
-        self.shapes.append(self.shape)
-
-    def _scale(self, factor: float, step: Step) -> None:
-        """Adds a factor to the one that is there; none at all is left out."""
-        if self.leading and not self.links:
-            return  # it prepares the input, which counts as whitened behind
-        last = self.links[-1] if self.links else None
-        if isinstance(last, _spec.Scale):
-            factor *= last.factor
-            del self.links[-1], self.shapes[-1]
-        # A mean's count is rounded in a dtype of 8 or 11 bits.
-        tolerance = 1e-5 if jnp.dtype(step.node.dtype).itemsize > 2 else 4e-3
-        if abs(factor - 1) > tolerance:
-            # The shortest number that is the same in float32, as a person writes it.
-            self._put(_spec.Scale(float(str(np.float32(factor)))))
-
-    def _reshape(self, step: Step) -> None:
-        actual = step.node.shape[1:]
-        if actual == self.shape:
-            return
-        if len(actual) == 1:
-            self._append(_spec.Flatten(), step)
-        elif self.shape == (*actual, 1):
-            return  # one feature and none at all are the same
-        elif not actual or actual[-1] != self.shape[-1]:
-            if self.links or not self.leading:
-                raise Unknown(
-                    step.node,
-                    f"{step.node.op} from {step.source.shape} to {step.node.shape} "
-                    "divides the features",
-                )
-            self.start = self.shape = actual  # the chain begins behind
-
-    def _restore_positions(self, actual: Shape, step: Step) -> None:
-        """Keeps the axes that a global mean leaves with one entry each."""
-        for index in reversed(range(len(self.links))):
-            link = self.links[index]
-            before = self.shapes[index]
-            if isinstance(link, _spec.GlobalAvgPool) and len(before) == len(actual):
-                if {1} != {*actual[:-1]}:
-                    break
-                self.links[index] = _spec.AvgPool(before[:-1])
-                self.shape = actual
-                return
-            if not isinstance(link, (*_ELEMENTWISE, _spec.Dense)):
-                break
+@rule("dot_general")
+def dense(node: Node) -> Step:
+    """`Dense`: a product with a kernel over the last axis."""
+    path, signal = _kernel_path(node), node.operands[0]
+    contracted, batched = node.options["dimension_numbers"]
+    last = (len(signal.shape) - 1,)
+    if (*map(tuple, contracted), *map(tuple, batched)) != (last, (0,), (), ()):
         raise Unknown(
-            step.node,
-            f"{step.node.op} has a window over the axes of {step.source.shape}, but "
-            f"what comes before leaves {self.shape} without the batch",
+            node, f"{node.op} with {path!r} is not over the last axis of the signal"
         )
+    return Step(node, signal, [_spec.Dense(path)], opaque=True)
 
-    def _padded(self, link: Any, step: Step) -> _spec.Link:
-        """A windowed link with its padding, under the name that Flax has for it."""
-        options, sizes = step.node.options, self.shape[:-1]
-        pooling = isinstance(link, _spec.MaxPool | _spec.AvgPool)
-        if "padding" not in options:  # a mean over some axes, or a slice
-            if self.padding:
-                raise Unknown(step.node, f"{step.node.op} follows on padding")
-            return link
-        pairs, strides = options["padding"], options["window_strides"]
-        if pooling:
-            pairs, strides = pairs[1:-1], strides[1:-1]
-            window, dilation = link.window_shape, (1,) * len(sizes)
-            names = ("VALID", "SAME", "SAME_LOWER")
-        else:
-            window = step.node.operands[1].shape[:-2]
-            dilation = options["rhs_dilation"]
-            names = ("SAME", "VALID", *(("CAUSAL",) if len(sizes) == 1 else ()))
-        extents = [(n - 1) * d + 1 for n, d in zip(window, dilation, strict=True)]
-        if self.padding:
-            pairs = self._with_padding_before(link, step, pairs)
-        if self.mode:
-            name, self.mode = self.mode, ""
-            if pairs != tuple(((e - 1) // 2, e // 2) for e in extents) or pooling:
-                raise Unknown(step.node, f"{name} padding of {pairs} is not Flax's")
-        elif isinstance(link, _spec.ConvTranspose):
-            name = _transposed_padding(pairs, extents, options["lhs_dilation"])
-        else:
-            named = (
-                name for name in names if pairs == _pairs(name, sizes, extents, strides)
-            )
-            name = next(named, pairs)
-        try:
-            return dataclasses.replace(link, padding=name)
-        except ValueError as error:
-            raise Unknown(step.node, str(error)) from None
 
-    def _with_padding_before(
-        self, link: Any, step: Step, pairs: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        """The padding of a window and that of the steps before it, as one."""
+@rule("conv_general_dilated")
+def convolution(node: Node) -> Step:
+    """`Conv` and `ConvTranspose`, with Flax's order of axes."""
+    path, options, rank = _kernel_path(node), node.options, len(node.shape)
+    last = (0, rank - 1, *range(1, rank - 1))
+    flax = (last, (rank - 1, rank - 2, *range(rank - 2)), last)
+    numbers = tuple(map(tuple, options["dimension_numbers"]))
+    if numbers != flax or options["batch_group_count"] != 1:
+        raise Unknown(node, f"the axes of {path!r} are not in Flax's order")
+    strides, spread = options["window_strides"], options["lhs_dilation"]
+    groups, dilation = options["feature_group_count"], options["rhs_dilation"]
+    arguments = {"kernel_dilation": short(dilation)}
+    taps = node.operands[1].shape[:-2]
+    window = Window(taps, strides, dilation, options["padding"], _CONV_PADDINGS)
+    if math.prod(spread) == 1:
+        arguments |= {"strides": short(strides), "feature_group_count": groups}
+        link = _spec.Conv(path, **arguments)
+    elif math.prod(strides) == 1 and groups == 1:
+        link = _spec.ConvTranspose(path, strides=short(spread), **arguments)
+        window = dataclasses.replace(window, spread=spread, takes_zeros=False)
+    else:
+        raise Unknown(node, f"{path!r} is both a strided and a transposed convolution")
+    return Step(node, node.operands[0], [link], window=window, opaque=True)
+
+
+@rule()
+def bias(piece: Piece, node: Node, source: Node) -> Step | None:
+    """The bias of the layer before."""
+    if piece.reduced or piece.masks or len(piece.leaves) != 1:
+        return None
+    ((path, leaf),) = piece.leaves.items()
+    is_bias = path in piece.paths["param"] and f"/{path}".endswith("/bias")
+    if not is_bias or not np.allclose(piece.values, SIGNAL + leaf):
+        return None
+    return Step(node, source, bias=path)
+
+
+# --- Windows over positions ----------------------------------------------------------
+
+
+def short(counts: Sequence[int]) -> Any:
+    """Strides and the like as people write them: one number where all are the same."""
+    return counts[0] if len(set(counts)) == 1 else tuple(counts)
+
+
+_CONV_PADDINGS = ("SAME", "VALID", "CAUSAL")
+_POOL_PADDINGS = ("VALID", "SAME", "SAME_LOWER")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A window that slides over the positions, and how these are padded."""
+
+    taps: Sequence[int]
+    strides: Sequence[int]
+    dilation: Sequence[int]
+    pairs: tuple[tuple[int, int], ...]
+    names: Sequence[str]  # that a padding may have
+    spread: Sequence[int] = ()  # strides of a transposed convolution
+    takes_zeros: bool = True  # whether zeros around its input are like its padding
+
+    def name(self, sizes: Shape, before: tuple[Any, ...], mode: str) -> Any:
+        """Its padding as Flax calls it, what was padded before included.
+
+        Raises:
+          ValueError: where Flax has no such padding.
+        """
+        taps = zip(self.taps, self.dilation, strict=True)
+        extents = [(count - 1) * step + 1 for count, step in taps]
+        pairs = self.pairs
+        if before:
+            if not self.takes_zeros or (mode and any(map(any, pairs))):
+                raise ValueError("follows on padding")
+            both = zip(before, pairs, strict=True)
+            pairs = tuple((a + c, b + d) for (a, b), (c, d) in both)
+        if mode:
+            if self.names is not _CONV_PADDINGS or pairs != tuple(
+                ((extent - 1) // 2, extent // 2) for extent in extents
+            ):
+                raise ValueError(f"has {mode} padding of {pairs}, which is not Flax's")
+            return mode
+        known = (
+            self._transposed(extents) if self.spread else self._known(sizes, extents)
+        )
+        for name, candidate in known:
+            if tuple(candidate) == pairs:
+                return name
+        return pairs[0][0] if len({*itertools.chain(*pairs)}) == 1 else pairs
+
+    def _known(
+        self, sizes: Shape, extents: Sequence[int]
+    ) -> Iterator[tuple[str, Sequence[tuple[int, int]]]]:
+        for name in self.names:
+            if name != "CAUSAL":
+                yield name, jax.lax.padtype_to_pads(sizes, extents, self.strides, name)
+            elif len(sizes) == 1:
+                yield name, [(extents[0] - 1, 0)]
+
+    def _transposed(
+        self, extents: Sequence[int]
+    ) -> Iterator[tuple[str, Sequence[tuple[int, int]]]]:
+        same, valid = [], []
+        for extent, stride in zip(extents, self.spread, strict=True):
+            total = extent + stride - 2
+            low = extent - 1 if stride > extent - 1 else -(-total // 2)
+            same.append((low, total - low))
+            valid.append((extent - 1, total + max(extent - stride, 0) - extent + 1))
+        yield from (("SAME", same), ("VALID", valid))
+
+
+@rule("reduce_window_max", "reduce_window_sum")
+def pool(node: Node) -> Step:
+    """`MaxPool`, or `AvgPool` times the size of its window."""
+    options = node.options
+    taps, strides = options["window_dimensions"], options["window_strides"]
+    outside = {*options["padding"][:1], *options["padding"][-1:]}
+    dilations = (*options["base_dilation"], *options["window_dilation"])
+    ends = (taps[0], taps[-1], strides[0], strides[-1])
+    if {*ends, *dilations} != {1} or outside != {(0, 0)}:
+        raise Unknown(node, f"{node.op} with a window that is no pooling's")
+    taps, strides, pairs = taps[1:-1], strides[1:-1], options["padding"][1:-1]
+    window = Window(taps, strides, (1,) * len(taps), pairs, _POOL_PADDINGS)
+    arguments: Any = {"strides": None if math.prod(strides) == 1 else short(strides)}
+    if node.op == "reduce_window_max":
         # Zeros take no part in a maximum where nothing is below them.
-        positive = bool(self.links) and self.links[-1] in _POSITIVE
-        if (
-            isinstance(link, _spec.ConvTranspose)
-            or (isinstance(link, _spec.MaxPool) and not positive)
-            or (self.mode and any(map(any, pairs)))
-        ):
-            raise Unknown(step.node, f"{step.node.op} follows on padding")
-        before, self.padding = self.padding, ()
-        return tuple(
-            (a + c, b + d) for (a, b), (c, d) in zip(before, pairs, strict=True)
-        )
+        window = dataclasses.replace(window, takes_zeros=_is_positive(node.operands[0]))
+        links: Sequence[_spec.Link] = [_spec.MaxPool(taps, **arguments)]
+    else:
+        links = [_spec.AvgPool(taps, **arguments), _spec.Scale(math.prod(taps))]
+    return Step(node, node.operands[0], links, window=window, opaque=True)
 
 
-_POSITIVE = [
-    _spec.Activation(name) for name in ("relu", "relu6", "sigmoid", "softplus")
-]
+def _is_positive(node: Node) -> bool:
+    """Whether a signal, perhaps with zeros around it, ends in a positive function."""
+    while node.op == "pad":
+        node = node.operands[0]
+    for source in itertools.islice(node.dominators(), 8):
+        try:
+            piece = graph.evaluate(node, source)
+        except graph.Unmatched:
+            return False
+        if not piece.leaves and (piece.values >= 0).all():
+            return True
+    return False
 
 
-def _count(links: Sequence[_spec.Link]) -> int:
-    """How many links there are, those inside others included."""
-    return sum(1 + sum(map(_count, link.arms.values())) for link in links)
+@rule("reduce_max", "reduce_sum")
+def reduction(node: Node) -> Step:
+    """A maximum or mean over positions: a pooling that takes all in."""
+    (signal,) = node.operands
+    over, last = node.options["axes"], len(signal.shape) - 1
+    if 0 in over or last in over:
+        raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
+    sizes = signal.shape[1:-1]
+    taps = [size if axis + 1 in over else 1 for axis, size in enumerate(sizes)]
+    count, ones = math.prod(taps), (1,) * len(taps)
+    if node.op == "reduce_sum" and count == math.prod(sizes):
+        return Step(node, signal, [_spec.GlobalAvgPool(), _spec.Scale(count)])
+    window = Window(taps, ones, ones, ((0, 0),) * len(taps), ("VALID",), (), False)
+    links: list[_spec.Link] = [_spec.MaxPool(tuple(taps))]
+    if node.op == "reduce_sum":
+        links = [_spec.AvgPool(tuple(taps)), _spec.Scale(count)]
+    return Step(node, signal, links, window=window)
 
 
-def _pairs(
-    name: str, sizes: Shape, extents: Sequence[int], strides: Shape
-) -> tuple[Any, ...]:
-    """What a named padding adds to each axis."""
-    pairs = []
-    for axis, (size, extent, stride) in enumerate(
-        zip(sizes, extents, strides, strict=True)
+@rule("slice")
+def subsampling(node: Node) -> Step:
+    """Every second position: what a pooling with a window of one entry leaves."""
+    (signal,) = node.operands
+    strides = node.options["strides"] or (1,) * len(node.shape)
+    whole = node.options["limit_indices"] == signal.shape
+    if not whole or any(node.options["start_indices"]) or strides[0] * strides[-1] != 1:
+        raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
+    strides = strides[1:-1]
+    ones = (1,) * len(strides)
+    window = Window(ones, strides, ones, ((0, 0),) * len(ones), ("VALID",), (), False)
+    link = _spec.AvgPool(ones, strides=short(strides))
+    return Step(node, signal, [link], window=window)
+
+
+@rule("pad")
+def zero_padding(node: Node) -> Step:
+    """Zeros around the positions, for a convolution to come."""
+    signal, filling = node.operands
+    config = node.options["padding_config"]
+    pairs = [(low, high) for low, high, _ in config]
+    if (
+        filling.value != 0
+        or any(inside for _, _, inside in config)
+        or {pairs[0], pairs[-1]} != {(0, 0)}
+        or min(map(min, pairs)) < 0
     ):
-        low = low_padding(name, axis, size, extent, stride, 1)
-        covered = (-(-size // stride) - 1) * stride + extent
-        total = max(covered - size, 0) if name.startswith("SAME") else low
-        pairs.append((low, total - low))
-    return tuple(pairs)
+        raise Unknown(node, "pad is no padding with zeros around the positions")
+    return Step(node, signal, padding=tuple(pairs[1:-1]))
 
 
-def _transposed_padding(
-    pairs: tuple[Any, ...], extents: Sequence[int], strides: Sequence[int]
-) -> Any:
-    """The name of a transposed convolution's padding, itself where it has none."""
-    same, valid = [], []
-    for extent, stride in zip(extents, strides, strict=True):
-        total = extent + stride - 2
-        low = extent - 1 if stride > extent - 1 else -(-total // 2)
-        same.append((low, total - low))
-        valid.append((extent - 1, total + max(extent - stride, 0) - extent + 1))
-    if pairs == tuple(same):
-        return "SAME"
-    return "VALID" if pairs == tuple(valid) else pairs
+@rule("concatenate")
+def wrapping(node: Node) -> Step:
+    """A concatenation that pads one axis with parts of the signal itself."""
+    source, axis = node.dominator, node.options["dimension"]
+    assert source is not None
+    unknown = Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
+    if len(source.shape) != len(node.shape) or not 0 < axis < len(node.shape) - 1:
+        raise unknown
+    taken = _taken_along(axis, node, source, unknown)
+    extra = node.shape[axis] - source.shape[axis]
+    modes: Any = {"wrap": "CIRCULAR", "reflect": "REFLECT"}
+    for (mode, name), low in itertools.product(modes.items(), range(extra + 1)):
+        pair = (low, extra - low)
+        if np.array_equal(taken, np.pad(range(source.shape[axis]), pair, mode)):
+            pairs = [(0, 0)] * (len(node.shape) - 2)
+            pairs[axis - 1] = pair
+            return Step(node, source, padding=tuple(pairs), mode=name)
+    raise unknown
+
+
+def _taken_along(axis: int, node: Node, source: Node, unknown: Unknown) -> Any:
+    """Which entries of an axis a node consists of."""
+    if node is source:
+        return np.arange(source.shape[axis])
+    parts = [_taken_along(axis, part, source, unknown) for part in node.flow]
+    if node.op == "concatenate" and node.options["dimension"] == axis:
+        return np.concatenate(parts)
+    if node.op == "rev" and tuple(node.options["dimensions"]) == (axis,):
+        return parts[0][::-1]
+    if node.op == "slice" and node.options["strides"] in (None, (1,) * len(node.shape)):
+        first, last = node.options["start_indices"], node.options["limit_indices"]
+        return parts[0][first[axis] : last[axis]]
+    raise unknown
+
+
+# --- The same values in another shape ------------------------------------------------
+
+
+@rule("broadcast_in_dim", "reshape", "squeeze")
+def same_values(node: Node) -> Step:
+    """No link, or `Flatten`: the chain's shapes tell."""
+    (signal,) = node.flow
+    if math.prod(signal.shape) != math.prod(node.shape):
+        raise Unknown(node, f"{node.op} repeats the signal along an axis")
+    return Step(node, signal)
+
+
+@rule("transpose")
+def transposition(node: Node) -> Step:
+    """No link: a later one restores the order, or flattens."""
+    return Step(node, node.operands[0], order=tuple(node.options["permutation"]))
+
+
+# --- What acts on every entry alike --------------------------------------------------
+
+
+def _constant_ratio(values: Any, reference: Any) -> float | None:
+    """The number that makes the one out of the other, None where there is none."""
+    ratio = values / reference
+    factor = float(np.median(ratio))
+    if not np.allclose(ratio, factor, rtol=1e-3) or factor == 0:
+        return None
+    return factor
+
+
+def _is_plain(piece: Piece) -> bool:
+    return not (piece.masks or piece.leaves or piece.reduced)
+
+
+@rule()
+def scaling(piece: Piece, node: Node, source: Node) -> Step | None:
+    """`Scale`: a constant factor."""
+    if not _is_plain(piece) or np.ptp(piece.values / SIGNAL) > 1e-6:
+        return None
+    factor = float(np.median(piece.values / SIGNAL))
+    links = [_spec.Scale(factor)] if factor else []
+    return Step(node, source, links, elementwise=True) if factor else None
+
+
+@rule()
+def activation(piece: Piece, node: Node, source: Node) -> Step | None:
+    """`Activation`: one of the functions that it knows."""
+    if not _is_plain(piece) or not jnp.issubdtype(node.dtype, jnp.floating):
+        return None
+    for name, reference in _activations(jnp.dtype(node.dtype)):
+        if np.allclose(piece.values, reference, rtol=1e-4, atol=1e-6):
+            return Step(node, source, [_spec.Activation(name)], elementwise=True)
+    return None
+
+
+@functools.cache
+def _activations(dtype: Any) -> list[tuple[str, Any]]:
+    """What every known activation makes of the samples, constants in a dtype."""
+    functions = [
+        (name, getattr(jax.nn, name))
+        for name in ACTIVATIONS
+        if name not in ("identity", "swish", "celu")  # of one value with others
+    ]
+    functions.append(("gelu", functools.partial(jax.nn.gelu, approximate=False)))
+    computed = []
+    for name, function in functions:
+        closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((1,), dtype))
+        argument = graph.leaf("input", "", (1,), dtype)
+        (output,) = graph.read(closed, [argument])
+        computed.append((name, graph.evaluate(output, argument).values))
+    return computed
+
+
+@rule()
+def dropout(piece: Piece, node: Node, source: Node) -> Step | None:
+    """`Dropout`: what is kept makes up for what is dropped."""
+    if len(piece.masks) != 1 or piece.leaves or piece.reduced:
+        return None
+    share, ratio = _share(piece.masks[0]), piece.values / SIGNAL
+    for kept, keep in ((MASK, share), (~MASK, 1 - share)):
+        factor = float(np.median(ratio[:, kept]))
+        if not ratio[:, ~kept].any() and np.ptp(ratio[:, kept]) < 1e-6:
+            if abs(factor * keep - 1) < 4e-3:
+                link = _spec.Dropout(float(f"{1 - 1 / factor:.6g}"))
+                return Step(node, source, [link], elementwise=True)
+    return None
+
+
+def _share(mask: Node) -> float:
+    """How many random bits are set, if `jax.random.uniform` decides; else NaN."""
+    while mask.op in ("broadcast_in_dim", "reshape", "squeeze"):
+        mask = mask.operands[0]
+    drawn = [node for node in graph.above(mask) if node.op == "bitcast_convert_type"]
+    mantissas = 1 + (np.arange(20_000).reshape(2, -1) + 0.5) / 20_000
+    try:
+        piece = graph.evaluate(mask, drawn[0], mantissas) if len(drawn) == 1 else None
+    except graph.Unmatched:
+        return math.nan
+    return math.nan if piece is None or piece.masks else float(np.mean(piece.values))
+
+
+# --- Normalisations ------------------------------------------------------------------
+
+
+@rule()
+def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
+    """`BatchNorm`, `LayerNorm`, `GroupNorm`, `RMSNorm`, with scale and bias."""
+    if not (piece.reduced or piece.paths["state"]) or piece.masks:
+        return None
+    params = {f"/{path}".rpartition("/")[::2] for path in piece.paths["param"]}
+    modules, roles = {module for module, _ in params}, {role for _, role in params}
+    if len(modules) > 1 or not roles <= {"scale", "bias"}:
+        return None
+    path = modules.pop()[1:] if modules else None
+    leaves = {"scale": 1.0, "bias": 0.0}
+    leaves |= {
+        leaf.rpartition("/")[2]: piece.leaves[leaf] for leaf in piece.paths["param"]
+    }
+    for index, (link, centred, square) in enumerate(_normalised(piece, source)):
+        affine = centred / np.sqrt(square) * leaves["scale"] + leaves["bias"]
+        factor = _constant_ratio(piece.values, affine)
+        if link is None or factor is None or not roles <= set(link.roles):
+            continue
+        links: list[_spec.Link] = [dataclasses.replace(link, path=path)]
+        if abs(factor - 1) > 2e-3:
+            if params:  # it would not leave the bias alone
+                continue
+            links.append(_spec.Scale(factor))
+        # Against small values the epsilon counts.
+        small = graph.evaluate(node, source, SIGNAL * 1e-3)
+        _, centred, square = [*_normalised(small, source)][index]
+        normalised = (small.values - leaves["bias"]) / leaves["scale"] / factor
+        epsilon = np.median((centred / normalised) ** 2 - square)
+        usual = getattr(link, "epsilon", epsilon)
+        if not np.isclose(epsilon, usual, rtol=1e-2, atol=1e-10):
+            found: Any = {"epsilon": float(f"{max(epsilon, 0.0):.3g}")}
+            links[0] = dataclasses.replace(links[0], **found)
+        return Step(node, source, links)
+    return None
+
+
+def _normalised(piece: Piece, source: Node) -> Iterator[tuple[Any, Any, Any]]:
+    """Each normalisation that is possible: what it divides, by the root of what."""
+    signal, states = piece.signal, [piece.leaves[path] for path in piece.paths["state"]]
+    if states and piece.reduced:
+        return
+    if len(states) == 2:
+        for mean, variance in itertools.permutations(states):
+            yield _spec.BatchNorm(), signal - mean, variance
+    if piece.reduced:
+        link = _normalisation_over(piece, source.shape)
+        mean, variance = signal.mean(1, keepdims=True), signal.var(1, keepdims=True)
+        yield link, signal - mean, variance
+        if isinstance(link, _spec.LayerNorm):
+            yield _spec.RMSNorm(), signal, np.mean(signal**2, axis=1, keepdims=True)
+
+
+def _normalisation_over(piece: Piece, shape: Shape) -> Any:
+    """Which normalisation takes its statistics over these axes, None for none."""
+    last = len(shape) - 1
+    axes = {axis for axis, _, _ in piece.reduced}
+    # Positions must be taken whole, of the features the inner part of each group.
+    for axis in axes:
+        inner = math.prod(size for a, _, size in piece.reduced if a == axis)
+        within = min(within for a, within, _ in piece.reduced if a == axis)
+        if within != 1 or (axis != last and inner != shape[axis]):
+            return None
+    features = math.prod(size for axis, _, size in piece.reduced if axis == last)
+    positions = {axis for axis in range(1, last) if shape[axis] > 1}
+    if 0 in axes:
+        return _spec.BatchNorm() if positions <= axes and last not in axes else None
+    if not positions & axes and features == shape[last]:
+        return _spec.LayerNorm()
+    groups = shape[last] // features
+    return _spec.GroupNorm(num_groups=groups) if positions <= axes else None

@@ -1,108 +1,184 @@
-"""From the output of a graph to its input: the steps that it consists of.
+"""From a graph to a chain: the graph is cut into steps, the steps become links.
 
-The graph is cut at its dominators, the values that everything passes through. Each
-primitive with a rule of its own (`RULES`) is a step, and so is each elementwise or
-normalising piece that computes what a link does (`PATTERNS`); what splits and is added
-up again is a residual. To teach it a new kind of layer, add to one of the two.
+The graph is cut at its dominators, the values that everything passes through, from its
+output to its input. Each step is one that `links` recognises, a residual (what splits
+and is added up again), or one of the user's blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import graph
-from backmatch_optax.infer.graph import SIGNAL, Node, Piece
-from backmatch_optax.spec.elementwise import ACTIVATIONS
+from backmatch_optax.infer.blocks import Blocks
+from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.links import (
+    MEANINGS,
+    PATTERNS,
+    RULES,
+    Step,
+    Unknown,
+    description,
+)
+from backmatch_optax.parameters import join
 from backmatch_optax.spec.link import Shape
 
-# What stands behind primitives that no link describes.
-MEANINGS = {
-    "argmax": "an index taken from the signal",
-    "concatenate": "a concatenation",
-    "cond": "a branch on data",
-    "custom_jvp_call": "a function with a derivative of its own",
-    "custom_vjp_call": "a function with a derivative of its own",
-    "cumsum": "a cumulative sum",
-    "dot_general": "a matrix product that is no Dense layer",
-    "dynamic_slice": "indexing",
-    "dynamic_update_slice": "an update of a part",
-    "fft": "a Fourier transform",
-    "gather": "indexing, or an embedding",
-    "pad": "padding that no convolution follows",
-    "reduce_max": "a maximum over features or batch",
-    "reduce_sum": "a sum over features or batch",
-    "scan": "a loop (recurrence)",
-    "slice": "indexing",
-    "sort": "an order by value",
-    "split": "a split",
-    "stop_gradient": "a stopped gradient",
-    "while": "a loop (recurrence)",
-}
+_SUMS = ("add", "add_any", "sub")
+
+Measure = Callable[[_spec.Block, Step], _spec.Block]
 
 
-@dataclasses.dataclass
-class Step:
-    """What happens between a node and the one it is computed from."""
+def chain(
+    output: Node,
+    params: Mapping[str, Shape],
+    blocks: Sequence[_spec.Block],
+    measure: Measure,
+) -> tuple[_spec.LayerChain, set[_spec.Block]]:
+    """The chain that leads to an output, checked link by link against the parameters.
 
-    node: Node
-    source: Node
-    links: Sequence[_spec.Link] = ()  # one after the other
-    arms: tuple[list[Step], list[Step]] | None = None  # of a residual
-    bias: str = ""  # path of a parameter added to the signal
-    padding: tuple[Any, ...] = ()  # (low, high) per axis, for a convolution to come
-    mode: str = ""  # how that is filled: "CIRCULAR", "REFLECT"; empty for zeros
-    order: tuple[int, ...] = ()  # of a transpose
-    begins: bool = False  # that the chain begins behind it
-    # Whether a piece of the graph that goes on beyond it cannot be one link.
-    opaque: bool = False
+    Args:
+      output: the one output that the input reaches.
+      params: the shapes of all parameters, by path.
+      blocks: what the user wants to be a block.
+      measure: fills in the numbers that a block lacks.
 
-    @property
-    def batch(self) -> int:
-        """The batch size, where the axes are in order."""
-        return self.source.shape[0] if self.source.shape else 0
+    Returns:
+      The chain, and which of the blocks are in it.
 
-
-class Unknown(Exception):
-    """Something on the way from the input to the output that no link describes."""
-
-    def __init__(self, node: Node, reason: str):
-        super().__init__(reason)
-        self.node = node
-        self.reason = reason
-
-
-def steps_between(end: Node, start: Node, blocks: Sequence[_spec.Block]) -> list[Step]:
-    """The steps that lead from a node's dominator to it.
-
-    The shortest piece that is a link is taken at each node. Where that leads nowhere
-    (the factor 0.5 of a GELU is not a Scale), the last choices are undone, as far as
-    the last step that must be as it is.
+    Raises:
+      Unknown: where something on the way is neither a link nor one of the blocks.
     """
-    trail: list[tuple[Iterator[Step | Unknown], Step]] = []
-    node, failure = end, None
-    while node is not start:
-        options = _options(node, start, blocks)
-        step, reason = _next_step(options)
-        failure = failure or (None if step else reason)
-        while step is None:
-            if not trail or trail[-1][1].opaque:
-                assert failure is not None
-                raise failure
-            options, _ = trail.pop()
-            step, _ = _next_step(options)
-        trail.append((options, step))
-        node = step.source
-    return [step for _, step in reversed(trail)]
+    *_, start = (output, *(n for n in output.dominators() if n.op != "inputs"))
+    if start.op != "input":
+        raise Unknown(start, f"{start.op} combines several inputs of the model")
+    if len(start.shape) < 2:
+        raise Unknown(
+            start,
+            f"its input of shape {start.shape} has no batch dimension or no features: "
+            f"give it both, as in jax.ShapeDtypeStruct({(1, *start.shape, 1)[:2]}, "
+            f"jnp.{jnp.dtype(start.dtype)})",
+        )
+    cutter = _Cutter(Blocks(blocks, output, params))
+    while True:
+        links = _Links(start.shape[1:], params, {}, measure, leading=True)
+        cutter.blocks.used.clear()
+        try:
+            for step in cutter.steps(output, start):
+                links.add(step)
+            links.finish(output)
+            break
+        except Unknown as unknown:
+            if not cutter.takes(unknown):
+                raise
+    return _spec.LayerChain(links.links, input_shape=links.start), cutter.blocks.used
+
+
+# --- The graph as steps --------------------------------------------------------------
+
+
+class _Cutter:
+    def __init__(self, blocks: Blocks):
+        self.blocks = blocks
+        self.forced: dict[Node, _spec.Block] = {}  # what else would not be known
+        self._seen: dict[tuple[Node, Node], Step | Node | None] = {}
+
+    def takes(self, unknown: Unknown) -> bool:
+        """Makes what is not known part of a block; False where there is none for it."""
+        node = unknown.node
+        block = unknown.block or self.blocks.around(node)
+        if block is None or node in self.forced or not node.flows:
+            return False
+        self.forced[node] = block
+        return True
+
+    def steps(self, end: Node, start: Node) -> list[Step]:
+        """The steps that lead from a node's dominator to it.
+
+        The shortest piece that is a link is taken at each node. Where that leads
+        nowhere (the factor 0.5 of a GELU is not a Scale), the last choices are undone,
+        as far as the last step that must be as it is.
+        """
+        trail: list[tuple[Iterator[Step | Unknown], Step]] = []
+        node, failure = end, None
+        while node is not start:
+            options = self._options(node, start)
+            step, reason = _next_step(options)
+            failure = failure or (None if step else reason)
+            while step is None:
+                if not trail or trail[-1][1].opaque:
+                    assert failure is not None
+                    raise failure
+                options, _ = trail.pop()
+                step, _ = _next_step(options)
+            trail.append((options, step))
+            node = step.source
+        return _joined([step for _, step in reversed(trail)])
+
+    def _options(self, node: Node, start: Node) -> Iterator[Step | Unknown]:
+        """All ways to explain a node, and why others fail; the best come first."""
+        block = self.forced.get(node) or self.blocks.of(node)
+        if block is not None:
+            yield _tried(lambda: self.blocks.step(node, start, block))
+            return
+        if node.op in RULES:
+            yield _tried(lambda: RULES[node.op](node))
+        for source in node.dominators():
+            step = self._piece(node, source)
+            if isinstance(step, Step):
+                yield step
+            if source is node.dominator and len(node.flow) == 2 and node.op in _SUMS:
+                yield _tried(lambda source=source: self._residual(node, source))
+            if source is start or (isinstance(step, Node) and not graph.known(step)):
+                break
+        if start.op == "input" and _is_preparation(node, start):
+            yield Step(node, start, begins=True)
+        yield Unknown(node, _reason(node))
+
+    def _piece(self, node: Node, source: Node) -> Step | Node | None:
+        """The link that a piece is; or the node that keeps it from being evaluated."""
+        if (node, source) not in self._seen:
+            try:
+                piece = graph.evaluate(node, source)
+            except graph.Unmatched as error:
+                found = error.node
+            else:
+                known = (pattern(piece, node, source) for pattern in PATTERNS)
+                found = next((step for step in known if step is not None), None)
+            self._seen[node, source] = found
+        return self._seen[node, source]
+
+    def _residual(self, node: Node, source: Node) -> Step:
+        if any(arm.shape != node.shape for arm in node.operands):
+            raise Unknown(node, f"{node.op} combines two signals of different shapes")
+        try:
+            first, second = (self.steps(arm, source) for arm in node.operands)
+        except Unknown as unknown:
+            if unknown.block is None:
+                raise
+            raise Unknown(node, unknown.reason, unknown.block) from None
+        if not _mixes(first) and not _mixes(second):
+            raise Unknown(
+                node,
+                f"the two sides of {node.op} come from one signal with no kernel in "
+                "between, and how they correlate is not known",
+            )
+        if node.op == "sub":
+            second.append(Step(node, node.operands[1], [_spec.Scale(-1.0)]))
+        return Step(node, source, arms=(first, second), opaque=True)
+
+
+def _tried(make: Callable[[], Step]) -> Step | Unknown:
+    try:
+        return make()
+    except Unknown as unknown:
+        return unknown
 
 
 def _next_step(
@@ -117,41 +193,59 @@ def _next_step(
     return None, reason
 
 
-def _options(
-    node: Node, start: Node, blocks: Sequence[_spec.Block]
-) -> Iterator[Step | Unknown]:
-    """All ways to explain a node, and why others fail; the best come first."""
-    for block in blocks:
-        if _is_inside(node, block.path):
-            yield _block_step(node, start, block)
-            return
-    if node.op in RULES:
-        try:
-            yield RULES[node.op](node)
-        except Unknown as unknown:
-            yield unknown
-    for source in node.dominators():
-        unmatched = None
-        try:
-            piece = graph.evaluate(node, source)
-        except graph.Unmatched as error:
-            unmatched = error.node
-        else:
-            for pattern in PATTERNS:
-                step = pattern(piece, node, source)
-                if step is not None:
-                    yield step
-                    break
-        if source is node.dominator and len(node.flow) == 2 and node.op in SUMS:
-            try:
-                yield _residual(node, source, blocks)
-            except Unknown as unknown:
-                yield unknown
-        if source is start or (unmatched is not None and not graph.known(unmatched)):
-            break
-    if start.op == "input" and _is_preparation(node, start):
-        yield Step(node, start, begins=True)
-    yield Unknown(node, _reason(node))
+def _joined(steps: Sequence[Step]) -> list[Step]:
+    """Steps of which some make one block.
+
+    Blocks without parameters that follow one another are measured as one. A block among
+    transposed axes takes in the transposes before and after it.
+    """
+    joined: list[Step] = []
+    transposed: list[Step] = []
+    order: Sequence[int] = ()
+    for step in steps:
+        if step.order:
+            before = order or range(len(step.order))
+            order = tuple(before[axis] for axis in step.order)
+            order = () if order == tuple(range(len(order))) else order
+        if step.order or order:
+            transposed.append(step)
+        if transposed and not order:
+            joined += _one_block(transposed) or transposed
+            transposed = []
+        elif not order:
+            joined.append(step)
+        if len(joined) > 1 and all(map(_is_nameless, joined[-2:])):
+            last = joined.pop()
+            joined[-1] = dataclasses.replace(last, source=joined[-1].source)
+    return joined + transposed
+
+
+def _is_nameless(step: Step) -> bool:
+    """Whether a step is a block without parameters."""
+    return any(isinstance(link, _spec.Block) and not _owns(link) for link in step.links)
+
+
+def _one_block(steps: Sequence[Step]) -> list[Step]:
+    """Steps as the one block among them, if nothing else has parameters."""
+    links = [link for step in steps for link in step.links]
+    blocks = [link for link in links if isinstance(link, _spec.Block)]
+    others = any(link.roles for link in links) or any(s.arms or s.bias for s in steps)
+    if len(blocks) != 1 or others:
+        return []
+    return [Step(steps[-1].node, steps[0].source, blocks, opaque=True)]
+
+
+def _owns(link: Any) -> bool:
+    return getattr(link, "path", None) is not None
+
+
+def _mixes(steps: Sequence[Step]) -> bool:
+    """Whether every way through some steps meets a kernel, which decorrelates."""
+    return any(
+        any("kernel" in x.roles or (x.owns_subtree and _owns(x)) for x in step.links)
+        or (step.arms is not None and all(map(_mixes, step.arms)))
+        for step in steps
+    )
 
 
 def _is_preparation(node: Node, start: Node) -> bool:
@@ -170,38 +264,6 @@ def _is_preparation(node: Node, start: Node) -> bool:
     return True
 
 
-def _block_step(node: Node, start: Node, block: _spec.Block) -> Step | Unknown:
-    """Everything within a module, which must have one signal as its input."""
-    entries, seen, queue = set(), {node}, [node]
-    for inner in queue:
-        for operand in inner.flow:
-            if not _is_inside(operand, block.path):
-                entries.add(operand)
-            elif operand not in seen:
-                seen.add(operand)
-                queue.append(operand)
-    if len(entries) != 1:
-        return Unknown(node, f"{block} has {len(entries)} signals as its input")
-    (source,) = entries
-    if source.depth < start.depth:  # what splits inside is added up outside
-        return Unknown(node, f"{block} has several signals as its output")
-    return Step(node, source, [block], opaque=True)
-
-
-def _is_inside(node: Node, path: str) -> bool:
-    module = module_path(node.scope)
-    return module is not None and f"{module}/".startswith(f"{path}/" if path else "")
-
-
-def _residual(node: Node, source: Node, blocks: Sequence[_spec.Block]) -> Step:
-    if any(arm.shape != node.shape for arm in node.operands):
-        raise Unknown(node, f"{node.op} combines two signals of different shapes")
-    first, second = (steps_between(arm, source, blocks) for arm in node.operands)
-    if node.op == "sub":
-        second.append(Step(node, node.operands[1], [_spec.Scale(-1.0)]))
-    return Step(node, source, arms=(first, second), opaque=True)
-
-
 def _reason(node: Node) -> str:
     """Why no link describes how a node comes about."""
     source = node.dominator
@@ -213,16 +275,25 @@ def _reason(node: Node) -> str:
     except graph.Unmatched as error:
         culprit = error.node
         if not culprit.flows:
-            return f"{node.op} combines the signal with {_description(culprit)}"
+            return f"{node.op} combines the signal with {description(culprit)}"
         if len(node.flow) > 1 and node.op == "mul":
             return "mul multiplies two signals, as gating and attention do"
         if len(node.flow) > 1:
             return f"{node.op} combines two signals"
         culprits = MEANINGS.get(culprit.op, "something that no link describes")
         return f"{node.op} follows on {culprit.op}, {culprits}"
+    if piece.masks:
+        return (
+            f"{node.op} applies a random mask, but a Dropout divides what it keeps by "
+            "the probability of keeping it"
+        )
     if piece.leaves:
         paths = ", ".join(map(repr, piece.leaves))
-        return f"{node.op} combines the signal with {paths} in a way no link does"
+        return (
+            f"{node.op} combines the signal with {paths} in a way no link does. "
+            "Parameters are known by their names, as Flax gives them: 'kernel', "
+            "'bias', 'scale'"
+        )
     if piece.reduced:
         return f"{node.op} uses statistics of the signal as no normalisation does"
     return (
@@ -231,365 +302,250 @@ def _reason(node: Node) -> str:
     )
 
 
-def _description(node: Node) -> str:
-    if "random" in node.origins:
-        return "random numbers"
-    paths = [repr(found.path) for found in above(node) if found.path]
-    return f"what is computed from {', '.join(paths)}" if paths else "an array"
+# --- The steps as links --------------------------------------------------------------
 
 
-# --- Rules for primitives ------------------------------------------------------------
+class _Links:
+    """Links one after the other, with the shape that they come to.
 
+    That shape may divide the positions in other ways than the traced one does: a Dense
+    layer on 64 tokens is one on 8 x 8 positions. Only windows need it to be the same.
+    """
 
-def _kernel_path(node: Node) -> str:
-    """The path of the layer whose kernel a linear operation multiplies with."""
-    signal, kernel = node.operands
-    if kernel.flows:
-        raise Unknown(node, f"{node.op} multiplies two signals, as attention does")
-    if kernel.op != "param" or not signal.flows:
-        raise Unknown(node, f"the kernel of {node.op} is {_description(kernel)}")
-    path, _, name = f"/{kernel.path}".rpartition("/")
-    if name != "kernel":
-        raise Unknown(
-            node,
-            f"{node.op} multiplies with {kernel.path!r}, but only a parameter called "
-            "'kernel' is that of a layer",
-        )
-    return path[1:]
-
-
-def _dense(node: Node) -> Step:
-    if len(node.flow) == 2:
-        raise Unknown(node, f"{node.op} multiplies two signals, as attention does")
-    signal = node.operands[0]
-    contracted, batched = node.options["dimension_numbers"]
-    path = _kernel_path(node)
-    last = (len(signal.shape) - 1,)
-    if (*map(tuple, contracted), *map(tuple, batched)) != (last, (0,), (), ()):
-        raise Unknown(
-            node, f"{node.op} with {path!r} is not over the last axis of the signal"
-        )
-    return Step(node, signal, [_spec.Dense(path)], opaque=True)
-
-
-def _conv(node: Node) -> Step:
-    path, options, rank = _kernel_path(node), node.options, len(node.shape)
-    numbers = options["dimension_numbers"]
-    last = (0, rank - 1, *range(1, rank - 1))
-    flax = (last, (rank - 1, rank - 2, *range(rank - 2)), last)
-    if tuple(map(tuple, numbers)) != flax or options["batch_group_count"] != 1:
-        raise Unknown(node, f"the axes of {path!r} are not in Flax's order")
-    strides, spread = options["window_strides"], options["lhs_dilation"]
-    groups, dilation = options["feature_group_count"], options["rhs_dilation"]
-    if math.prod(spread) == 1:
-        link = _spec.Conv(
-            path, strides=strides, kernel_dilation=dilation, feature_group_count=groups
-        )
-    elif math.prod(strides) == 1 and groups == 1:
-        link = _spec.ConvTranspose(path, strides=spread, kernel_dilation=dilation)
-    else:
-        raise Unknown(node, f"{path!r} is both a strided and a transposed convolution")
-    return Step(node, node.operands[0], [link], opaque=True)
-
-
-def _pool(node: Node) -> Step:
-    options = node.options
-    window, strides = options["window_dimensions"], options["window_strides"]
-    outside = [*options["padding"][:1], *options["padding"][-1:]]
-    dilations = (*options["base_dilation"], *options["window_dilation"])
-    ends = (window[0], window[-1], strides[0], strides[-1])
-    if {*ends, *dilations} != {1} or {*outside} != {(0, 0)}:
-        raise Unknown(node, f"{node.op} with a window that is no pooling's")
-    kind = _spec.MaxPool if node.op == "reduce_window_max" else _spec.AvgPool
-    links: list[_spec.Link] = [kind(window[1:-1], strides=_or_none(strides[1:-1]))]
-    if kind is _spec.AvgPool:
-        links.append(_spec.Scale(math.prod(window)))
-    return Step(node, node.operands[0], links, opaque=True)
-
-
-def _or_none(strides: Sequence[int]) -> Sequence[int] | None:
-    """Strides as people leave them out: None where all are 1."""
-    return None if math.prod(strides) == 1 else tuple(strides)
-
-
-def _reduction(node: Node) -> Step:
-    (signal,) = node.operands
-    over, last = node.options["axes"], len(signal.shape) - 1
-    if 0 in over or last in over:
-        raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
-    sizes = signal.shape[1:-1]
-    window = [size if axis + 1 in over else 1 for axis, size in enumerate(sizes)]
-    count = math.prod(window)
-    if node.op == "reduce_max":
-        links: list[_spec.Link] = [_spec.MaxPool(window)]
-    elif count == math.prod(sizes):
-        links = [_spec.GlobalAvgPool(), _spec.Scale(count)]
-    else:
-        links = [_spec.AvgPool(window), _spec.Scale(count)]
-    return Step(node, signal, links)
-
-
-def _same_values(node: Node) -> Step:
-    (signal,) = node.flow
-    if math.prod(signal.shape) != math.prod(node.shape):
-        raise Unknown(node, f"{node.op} repeats the signal along an axis")
-    return Step(node, signal)
-
-
-def _transposition(node: Node) -> Step:
-    order = tuple(node.options["permutation"])
-    return Step(node, node.operands[0], order=order)
-
-
-def _zero_padding(node: Node) -> Step:
-    signal, filling = node.operands
-    pairs = [(low, high) for low, high, _ in node.options["padding_config"]]
-    if (
-        filling.value != 0
-        or any(inside for _, _, inside in node.options["padding_config"])
-        or {pairs[0], pairs[-1]} != {(0, 0)}
-        or min(map(min, pairs)) < 0
+    def __init__(
+        self,
+        start: Shape,
+        params: Mapping[str, Shape],
+        used: dict[str, Node],
+        measure: Measure,
+        *,
+        leading: bool,
     ):
-        raise Unknown(node, "pad is no padding with zeros around the positions")
-    return Step(node, signal, padding=tuple(pairs[1:-1]))
+        self.start = self.shape = start
+        self.params = params
+        self.used = used  # by path; also those of links side by side with these
+        self.measure = measure
+        self.leading = leading
+        self.links: list[_spec.Link] = []
+        self.shapes: list[Shape] = []  # at the input of each link
+        self.order: tuple[int, ...] = ()  # of axes, where it is not the input's
+        self.padding: tuple[Any, ...] = ()  # that a convolution will take
+        self.mode = ""
 
-
-def _wrapping(node: Node) -> Step:
-    """A concatenation that pads one axis with parts of the signal itself."""
-    source, axis = node.dominator, node.options["dimension"]
-    assert source is not None
-    unknown = Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
-    if len(source.shape) != len(node.shape) or not 0 < axis < len(node.shape) - 1:
-        raise unknown
-    taken = _taken_along(axis, node, source, unknown)
-    extra = node.shape[axis] - source.shape[axis]
-    for mode in ("wrap", "reflect"):
-        for low in range(extra + 1):
-            pair = (low, extra - low)
-            if np.array_equal(taken, np.pad(range(source.shape[axis]), pair, mode)):
-                pairs = [(0, 0)] * (len(node.shape) - 2)
-                pairs[axis - 1] = pair
-                name = {"wrap": "CIRCULAR", "reflect": "REFLECT"}[mode]
-                return Step(node, source, padding=tuple(pairs), mode=name)
-    raise unknown
-
-
-def _taken_along(axis: int, node: Node, source: Node, unknown: Unknown) -> Any:
-    """Which entries of an axis a node consists of."""
-    if node is source:
-        return np.arange(source.shape[axis])
-    parts = [_taken_along(axis, part, source, unknown) for part in node.flow]
-    if node.op == "concatenate" and node.options["dimension"] == axis:
-        return np.concatenate(parts)
-    if node.op == "rev" and tuple(node.options["dimensions"]) == (axis,):
-        return parts[0][::-1]
-    if node.op == "slice" and node.options["strides"] in (None, (1,) * len(node.shape)):
-        first, last = node.options["start_indices"], node.options["limit_indices"]
-        return parts[0][first[axis] : last[axis]]
-    raise unknown
-
-
-def _subsampling(node: Node) -> Step:
-    (signal,) = node.operands
-    strides = node.options["strides"] or (1,) * len(node.shape)
-    whole = node.options["limit_indices"] == signal.shape
-    if not whole or any(node.options["start_indices"]) or strides[0] * strides[-1] != 1:
-        raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
-    # Every second entry is what a pooling with a window of one entry leaves.
-    link = _spec.AvgPool((1,) * (len(strides) - 2), strides=strides[1:-1])
-    return Step(node, signal, [link])
-
-
-RULES: dict[str, Callable[[Node], Step]] = {
-    "broadcast_in_dim": _same_values,
-    "concatenate": _wrapping,
-    "conv_general_dilated": _conv,
-    "dot_general": _dense,
-    "pad": _zero_padding,
-    "reduce_max": _reduction,
-    "reduce_sum": _reduction,
-    "reduce_window_max": _pool,
-    "reduce_window_sum": _pool,
-    "reshape": _same_values,
-    "slice": _subsampling,
-    "squeeze": _same_values,
-    "transpose": _transposition,
-}
-SUMS = ("add", "add_any", "sub")
-
-
-# --- Patterns for what a piece computes ----------------------------------------------
-
-
-def _constant_ratio(values: Any, reference: Any) -> float | None:
-    """The number that makes the one out of the other, None where there is none."""
-    with np.errstate(all="ignore"):
-        ratio = values / reference
-    factor = float(np.median(ratio))
-    if not np.allclose(ratio, factor, rtol=1e-3) or factor == 0:
-        return None
-    return factor
-
-
-def _is_plain(piece: Piece) -> bool:
-    return piece.mask is None and not piece.leaves and not piece.reduced
-
-
-def _scaling(piece: Piece, node: Node, source: Node) -> Step | None:
-    if not _is_plain(piece) or np.ptp(piece.values / SIGNAL) > 1e-6:
-        return None
-    factor = float(np.median(piece.values / SIGNAL))
-    return Step(node, source, [_spec.Scale(factor)]) if factor else None
-
-
-def _activation(piece: Piece, node: Node, source: Node) -> Step | None:
-    if not _is_plain(piece) or not jnp.issubdtype(node.dtype, jnp.floating):
-        return None
-    for name, reference in _activations(jnp.dtype(node.dtype)):
-        if np.allclose(piece.values, reference, rtol=1e-4, atol=1e-6):
-            return Step(node, source, [_spec.Activation(name)])
-    return None
-
-
-@functools.cache
-def _activations(dtype: Any) -> list[tuple[str, Any]]:
-    """What every known activation makes of the samples, constants in a dtype."""
-    functions = [
-        (name, getattr(jax.nn, name))
-        for name in ACTIVATIONS
-        if name not in ("identity", "swish", "celu")  # of one value with others
-    ]
-    functions.append(("gelu", functools.partial(jax.nn.gelu, approximate=False)))
-    computed = []
-    for name, function in functions:
-        closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((1,), dtype))
-        argument = graph.leaf("input", "", (1,), dtype)
-        (output,) = graph.read(closed, [argument])
-        computed.append((name, graph.evaluate(output, argument).values))
-    return computed
-
-
-def _dropout(piece: Piece, node: Node, source: Node) -> Step | None:
-    if piece.mask is None or piece.leaves or piece.reduced:
-        return None
-    ratio = piece.values / SIGNAL
-    for kept in (piece.mask, ~piece.mask):
-        # What is kept makes up for what is dropped.
-        taken = ratio[:, kept]
-        if not ratio[:, ~kept].any() and np.ptp(taken) < 1e-6 and taken[0, 0] > 1:
-            return Step(node, source, [_spec.Dropout()])
-    return None
-
-
-def _bias(piece: Piece, node: Node, source: Node) -> Step | None:
-    if piece.reduced or piece.mask is not None or len(piece.leaves) != 1:
-        return None
-    ((path, leaf),) = piece.leaves.items()
-    is_bias = path in piece.paths["param"] and f"/{path}".endswith("/bias")
-    if not is_bias or not np.allclose(piece.values, SIGNAL + leaf):
-        return None
-    return Step(node, source, bias=path)
-
-
-def _normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
-    if not (piece.reduced or piece.paths["state"]) or piece.mask is not None:
-        return None
-    params = {f"/{path}".rpartition("/")[::2] for path in piece.paths["param"]}
-    modules, roles = {module for module, _ in params}, {role for _, role in params}
-    if len(modules) > 1 or not roles <= {"scale", "bias"}:
-        return None
-    path = modules.pop()[1:] if modules else None
-    scale = bias = None
-    for leaf in piece.paths["param"]:
-        if leaf.endswith("scale"):
-            scale = piece.leaves[leaf]
+    def add(self, step: Step) -> None:
+        """Adds what a step says."""
+        node = step.node
+        if step.begins:
+            if not self.leading:
+                raise Unknown(node, f"{node.op} combines the input with an array")
+            return
+        if step.order:
+            self._transpose(step)
+            return
+        if self.order and not step.elementwise:
+            # To flatten is the same in any order of the axes.
+            flattens = node.op == "reshape" and len(node.shape) == 2
+            if not flattens or self.order[0] or node.shape[0] != step.batch:
+                self._refuse_order(node)
+            self.order = ()
+        if not self.order and node.shape[:1] != (step.batch,):
+            raise Unknown(node, f"{node.op} changes the batch dimension")
+        if step.padding:
+            self._pad(step)
+            return
+        if self.padding and step.window is None:
+            raise Unknown(node, "padding is followed by no convolution")
+        if step.bias:
+            self._add_bias(step)
+        elif step.arms:
+            self._add_residual(step, step.arms)
+        elif step.links:
+            for link in step.links:
+                self._append(link, step)
+            if len(node.shape) == 2 < len(self.shape) + 1 and not self.order:
+                self._append(_spec.Flatten(), step)  # a maximum over all positions
         else:
-            bias = piece.leaves[leaf]
-    for link, normalised in _normalised(piece, source):
-        affine = normalised if scale is None else normalised * scale
-        affine = affine if bias is None else affine + bias
-        factor = _constant_ratio(piece.values, affine)
-        if link is None or factor is None or not roles <= set(link.roles):
-            continue
-        links: list[_spec.Link] = [dataclasses.replace(link, path=path)]
-        if abs(factor - 1) > 2e-3:
-            if params:  # it would not leave the bias alone
-                continue
-            links.append(_spec.Scale(factor))
-        return Step(node, source, links)
-    return None
-
-
-def _normalised(piece: Piece, source: Node) -> Iterator[tuple[Any, Any]]:
-    """Each normalisation that is possible, and what it makes of the samples."""
-    states = [piece.leaves[path] for path in piece.paths["state"]]
-    if states and piece.reduced:
-        return
-    if len(states) == 2:
-        for mean, variance in itertools.permutations(states):
-            yield _spec.BatchNorm(), (SIGNAL - mean) / np.sqrt(variance)
-    if piece.reduced:
-        link = _normalisation_over(piece, source.shape)
-        mean = SIGNAL.mean(axis=1, keepdims=True)
-        yield link, (SIGNAL - mean) / SIGNAL.std(axis=1, keepdims=True)
-        if isinstance(link, _spec.LayerNorm):
-            yield (
-                _spec.RMSNorm(),
-                SIGNAL / np.sqrt(np.mean(SIGNAL**2, axis=1, keepdims=True)),
+            self._reshape(step)
+        if math.prod(self.shape) != math.prod(node.shape[1:]):
+            raise Unknown(
+                node,
+                f"{node.op} gives shape {node.shape}, but {self.links[-1]} "
+                f"{self.shape} without the batch",
             )
 
+    def finish(self, end: Node) -> None:
+        """Checks that nothing is left over."""
+        if self.order:
+            self._refuse_order(end)
+        if self.padding:
+            raise Unknown(end, "padding is followed by no convolution")
+        if self.leading and "" in self.used and len(self.used) > 1:
+            raise Unknown(
+                self.used[""],
+                "parameters at the top of the model make a layer without a name. Put "
+                "it into a module of its own, such as nn.Dense or nnx.Linear",
+            )
 
-def _normalisation_over(piece: Piece, shape: Shape) -> Any:
-    """Which normalisation takes its statistics over these axes, None for none."""
-    last = len(shape) - 1
-    axes = {axis for axis, _, _ in piece.reduced}
-    # Positions must be taken whole, of the features the inner part of each group.
-    for axis in axes:
-        inner = math.prod(size for a, _, size in piece.reduced if a == axis)
-        within = min(within for a, within, _ in piece.reduced if a == axis)
-        if within != 1 or (axis != last and inner != shape[axis]):
-            return None
-    features = math.prod(size for axis, _, size in piece.reduced if axis == last)
-    positions = {axis for axis in range(1, last) if shape[axis] > 1}
-    if 0 in axes:
-        return _spec.BatchNorm() if positions <= axes and last not in axes else None
-    if not positions & axes and features == shape[last]:
-        return _spec.LayerNorm()
-    groups = shape[last] // features
-    return _spec.GroupNorm(num_groups=groups) if positions <= axes else None
+    def _refuse_order(self, node: Node) -> None:
+        raise Unknown(node, f"{node.op} acts on a signal whose axes are transposed")
+
+    def _transpose(self, step: Step) -> None:
+        before = self.order or tuple(range(len(step.order)))
+        after = tuple(before[axis] for axis in step.order)
+        self.order = () if after == tuple(range(len(after))) else after
+        if self.order and self.leading and not self.links and not step.order[0]:
+            # An input in another order of axes: the chain begins behind.
+            self.start = self.shape = step.node.shape[1:]
+            self.order = ()
+
+    def _pad(self, step: Step) -> None:
+        if self.padding and self.mode != step.mode:
+            raise Unknown(step.node, "paddings of two kinds follow one another")
+        before = self.padding or ((0, 0),) * len(step.padding)
+        self.mode = step.mode
+        self.padding = tuple(
+            (a + c, b + d) for (a, b), (c, d) in zip(before, step.padding, strict=True)
+        )
+
+    def _add_bias(self, step: Step) -> None:
+        path = step.bias.rpartition("/")[0]
+        last: Any = self.links[-1] if self.links else None
+        has_bias = "bias" in getattr(last, "roles", ())
+        if has_bias and last.path is None:  # of a normalisation without a scale
+            self.links[-1] = last = dataclasses.replace(last, path=path)
+            self._use(path, step)
+        if not has_bias or last.path != path:
+            raise Unknown(
+                step.node,
+                f"{step.node.op} adds {step.bias!r}, but not to its own layer",
+            )
+
+    def _add_residual(self, step: Step, arms: tuple[list[Step], ...]) -> None:
+        sides = []
+        for arm in arms:
+            side = _Links(
+                self.shape, self.params, self.used, self.measure, leading=False
+            )
+            for inner in arm:
+                side.add(inner)
+            side.finish(step.node)
+            sides.append(side)
+        first, second = sides
+        if first.shape != second.shape:
+            raise Unknown(
+                step.node,
+                f"the two sides of {step.node.op} divide the positions in two ways, "
+                f"{first.shape} and {second.shape}",
+            )
+        branch, shortcut = sorted(sides, key=lambda side: -_count(side.links))
+        self._put(_spec.Residual(branch.links, shortcut.links), first.shape)
+
+    def _append(self, link: Any, step: Step) -> None:
+        node = step.node
+        if isinstance(link, _spec.Scale):
+            self._scale(link.factor, step)
+            return
+        if isinstance(link, _spec.Block):
+            self._add_block(link, step)
+            return
+        if step.window and link is step.links[0]:
+            actual = step.source.shape[1:]
+            if self.padding:
+                pads = (low + high for low, high in self.padding)
+                sizes = zip(actual[:-1], pads, strict=True)
+                actual = (*(size - pad for size, pad in sizes), actual[-1])
+            if self.shape != actual:
+                self._restore_positions(actual, step)
+            before, mode, self.padding, self.mode = self.padding, self.mode, (), ""
+            try:
+                name = step.window.name(self.shape[:-1], before, mode)
+                link = dataclasses.replace(link, padding=name)
+            except ValueError as error:
+                raise Unknown(node, f"{node.op} {error}") from None
+        path = getattr(link, "path", None)
+        shapes = {}
+        if path is not None:
+            self._use(path, step)
+            found = {role: self.params.get(join(path, role)) for role in link.roles}
+            shapes = {role: shape for role, shape in found.items() if shape is not None}
+        try:
+            after = link.shape_after(self.shape, shapes)
+        except (ValueError, KeyError) as error:
+            raise Unknown(node, f"{link}: {error}") from None
+        self._put(link, after)
+
+    def _add_block(self, block: _spec.Block, step: Step) -> None:
+        shape = step.node.shape[1:]
+        if block.output_shape is None and shape != self.shape:
+            block = dataclasses.replace(block, output_shape=shape)
+        if block.output_shape not in (None, shape):
+            raise Unknown(step.node, f"{block} must have output_shape={shape}")
+        if block.path is not None:
+            self._use(block.path, step)
+        self._put(self.measure(block, step), shape)
+
+    def _use(self, path: str, step: Step) -> None:
+        if path in self.used:
+            raise Unknown(
+                step.node, f"the parameters of {path!r} are used more than once"
+            )
+        self.used[path] = step.node
+
+    def _put(self, link: _spec.Link, after: Shape) -> None:
+        self.links.append(link)
+        self.shapes.append(self.shape)
+        self.shape = after
+
+    def _scale(self, factor: float, step: Step) -> None:
+        """Adds a factor to the one that is there; none at all is left out."""
+        if self.leading and not self.links:
+            return  # it prepares the input, which counts as whitened behind
+        last = self.links[-1] if self.links else None
+        if isinstance(last, _spec.Scale):
+            factor *= last.factor
+            del self.links[-1], self.shapes[-1]
+        # A mean's count is rounded in a dtype of 8 or 11 bits.
+        tolerance = 1e-5 if jnp.dtype(step.node.dtype).itemsize > 2 else 4e-3
+        if abs(factor - 1) > tolerance:
+            # The shortest number that is the same in float32, as a person writes it.
+            self._put(_spec.Scale(float(str(np.float32(factor)))), self.shape)
+
+    def _reshape(self, step: Step) -> None:
+        actual = step.node.shape[1:]
+        if actual == self.shape:
+            return
+        if len(actual) == 1:
+            self._append(_spec.Flatten(), step)
+        elif self.shape == (*actual, 1):
+            return  # one feature and none at all are the same
+        elif not actual or actual[-1] != self.shape[-1]:
+            if self.links or not self.leading:
+                raise Unknown(
+                    step.node,
+                    f"{step.node.op} from {step.source.shape} to {step.node.shape} "
+                    "divides the features",
+                )
+            self.start = self.shape = actual  # the chain begins behind
+
+    def _restore_positions(self, actual: Shape, step: Step) -> None:
+        """Keeps the axes that a global mean leaves with one entry each."""
+        for index in reversed(range(len(self.links))):
+            link, before = self.links[index], self.shapes[index]
+            if isinstance(link, _spec.GlobalAvgPool) and len(before) == len(actual):
+                if {1} != {*actual[:-1]}:
+                    break
+                self.links[index] = _spec.AvgPool(before[:-1])
+                self.shape = actual
+                return
+            if len(before) != 1:  # it has positions of its own
+                break
+        raise Unknown(
+            step.node,
+            f"{step.node.op} has a window over the axes of {step.source.shape}, but "
+            f"what comes before leaves {self.shape} without the batch",
+        )
 
 
-PATTERNS: tuple[Callable[[Piece, Node, Node], Step | None], ...] = (
-    _scaling,
-    _activation,
-    _dropout,
-    _bias,
-    _normalisation,
-)
-
-
-# --- Where in the model it is ---------------------------------------------------------
-
-
-def module_path(scope: str) -> str | None:
-    """The path of the module that a name stack belongs to, None where it tells none."""
-    parts = [part for part in scope.split("/") if part and "(" not in part]
-    named = [part for part in parts if part.startswith("@")]
-    if named:
-        return named[-1][1:].replace(".", "/")
-    names: list[str] = []
-    for part in parts[1:]:  # the first is the class of the whole model
-        name = part.partition(".")[0]  # Linen appends the method, if not __call__
-        if name.isidentifier() and (name == part or names[-1:] != [name]):
-            names.append(name)
-    return "/".join(names) if parts else None
-
-
-def above(node: Node) -> Iterator[Node]:
-    """The node and what it depends on, breadth first."""
-    seen, queue = {node}, [node]
-    for found in queue:
-        yield found
-        new = [operand for operand in found.operands if operand not in seen]
-        seen.update(new)
-        queue += new
+def _count(links: Sequence[_spec.Link]) -> int:
+    """How many links there are, those inside others included."""
+    return sum(1 + sum(map(_count, link.arms.values())) for link in links)

@@ -38,10 +38,11 @@ class Block(Link):
     backward factor `m` is multiplied by `input_curvature`, LH (22) and (23).
 
     Args:
-      path: where the block's parameters lie.
+      path: where the block's parameters lie; None for a block without any.
       weight_curvature: `m_W`, the mean diagonal of `J^T J` with respect to the block's
         parameters: a positive number, or a function of the block's parameters (nested
-        dicts of arrays) that returns a positive scalar.
+        dicts of arrays) that returns a positive scalar. None leaves it to `infer_spec`,
+        which measures it.
       input_curvature: `m_z`, the same with respect to the block's input.
       forward_gain: by how much the block multiplies the second moment of its signal;
         a number or a function. 1 is right for a block that ends in a normalisation.
@@ -61,19 +62,20 @@ class Block(Link):
       spec.Block('mixer', weight_curvature=2.0, input_curvature=squared_norm)
     """
 
-    path: str
-    weight_curvature: Curvature = dataclasses.field(kw_only=True)
-    input_curvature: Curvature = dataclasses.field(kw_only=True)
+    path: str | None
+    weight_curvature: Curvature | None = dataclasses.field(default=None, kw_only=True)
+    input_curvature: Curvature | None = dataclasses.field(default=None, kw_only=True)
     forward_gain: Curvature = dataclasses.field(default=1.0, kw_only=True)
     output_shape: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
 
     owns_subtree = True
 
     def validate(self) -> None:
-        check_path(self.path)
+        if self.path is not None:
+            check_path(self.path)
         for name in ("weight_curvature", "input_curvature", "forward_gain"):
             value = getattr(self, name)
-            if callable(value):
+            if callable(value) or (value is None and name != "forward_gain"):
                 continue
             if not isinstance(value, numbers.Real):
                 raise ValueError(
@@ -93,6 +95,12 @@ class Block(Link):
     ) -> Shape:
         """As declared."""
         del param_shapes
+        for name in ("weight_curvature", "input_curvature")[self.path is None :]:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"needs {name}, a positive number; infer_spec measures it for a "
+                    "block among its blocks"
+                )
         return input_shape if self.output_shape is None else tuple(self.output_shape)
 
     def moments_after(self, here: Site) -> Moments:

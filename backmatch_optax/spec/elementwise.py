@@ -76,13 +76,41 @@ class Activation(Link):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Dropout(Link):
-    """Dropout, which keeps the mean of signal and gradient: the identity here.
+    """Dropout, which keeps the mean of signal and gradient.
+
+    With the papers' gains it counts as 1 both ways. With mean-field gains both second
+    moments grow by `1 / (1 - rate)`, the square of what is kept times its share.
+
+    Args:
+      rate: the share of entries that are dropped.
+
+    Raises:
+      ValueError: where it is not a number in [0, 1).
 
     Examples:
       >>> from backmatch_optax import spec
-      >>> spec.Dropout()
-      spec.Dropout()
+      >>> spec.Dropout(0.5)
+      spec.Dropout(0.5)
     """
+
+    rate: float = 0.0
+
+    def validate(self) -> None:
+        rate = self.rate
+        if not isinstance(rate, numbers.Real) or not 0.0 <= float(rate) < 1.0:
+            raise ValueError(f"rate (={rate!r}) must be a number in [0, 1)")
+        self._canonical(rate=float(rate))
+
+    def moments_after(self, here: Site) -> Moments:
+        before = here.moments
+        if not here.mean_field or not self.rate:
+            return before
+        # The means stay; what random zeros add to the second moment is variance.
+        added = before.q * (self.rate / (1.0 - self.rate))
+        return Moments(before.variance + added, before.spread, before.offset)
+
+    def m_z(self, here: Site) -> Positive:
+        return number(1.0 / (1.0 - self.rate) if here.mean_field else 1.0)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

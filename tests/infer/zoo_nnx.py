@@ -1,6 +1,6 @@
 """The networks of `zoo_linen` in NNX, with layers of the same names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -155,3 +155,8 @@ class Vgg(nnx.Module):
                 number += 1
             x = nnx.max_pool(x, (2, 2), strides=(2, 2))
         return self.Dense_0(x.reshape(x.shape[0], -1))
+
+
+def abstract(make: Callable[[nnx.Rngs], Any]) -> Any:
+    """A model without arrays."""
+    return nnx.eval_shape(lambda: make(nnx.Rngs(0)))

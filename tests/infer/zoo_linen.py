@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from backmatch_optax.infer import infer_spec
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, and a projection where the shape changes."""
@@ -110,3 +112,15 @@ class Call(nn.Module):
     def __call__(self, *inputs: jax.Array, train: bool = False) -> Any:
         del train
         return self.function(self, *inputs)
+
+
+IMAGES = (2, 8, 8, 6)
+
+
+def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def infer(function: Callable[..., Any], *shape: int, **options: Any) -> Any:
+    """The links of what a function does within a Linen module."""
+    return list(infer_spec(Call(function), array(*(shape or IMAGES)), **options).layers)

@@ -1,0 +1,610 @@
+"""What no link describes: an error, whose way out works when it is pasted."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax import lax
+from zoo_linen import IMAGES, Call, array, infer
+from zoo_nnx import abstract
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+from backmatch_optax.infer import infer_spec
+
+RELU = spec.Activation("relu")
+
+
+def test_blocks_stand_for_modules():
+    class Gate(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.relu(x * nn.sigmoid(nn.Dense(6)(x)))
+
+    def gated(_: nn.Module, x: jax.Array) -> jax.Array:
+        return nn.Dense(3, name="d")(Gate(name="gate")(nn.tanh(x)))
+
+    block = spec.Block("gate", weight_curvature=1.0, input_curvature=0.5)
+    declared = [spec.Activation("tanh"), block, spec.Dense("d")]
+    assert infer(gated, blocks=[block]) == declared
+    with pytest.raises(
+        ValueError, match=r"blocks: .* not depend on a module at 'gates'"
+    ):
+        infer(
+            gated,
+            blocks=[block, spec.Block("gates", weight_curvature=1, input_curvature=1)],
+        )
+    whole = spec.Block(
+        "", weight_curvature=1.0, input_curvature=0.5, output_shape=(8, 8, 3)
+    )
+    assert infer(gated, blocks=[whole]) == [whole]
+    wrong = spec.Block("gate", weight_curvature=1, input_curvature=1, output_shape=(3,))
+    with pytest.raises(ValueError, match=r"must have output_shape=\(8, 8, 6\)"):
+        infer(gated, blocks=[wrong])
+
+
+def test_a_block_of_two_inputs():
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+            return nn.Dense(6)(x) * y
+
+    def function(_: nn.Module, x: jax.Array) -> jax.Array:
+        return nn.relu(Both(name="both")(nn.tanh(x), nn.Dense(6)(x)))
+
+    block = spec.Block("both", weight_curvature=1.0, input_curvature=0.5)
+    with pytest.raises(ValueError, match=r"Block\('both'.* would hold 'Dense_0/bias'"):
+        infer(function, blocks=[block])
+
+
+def test_a_block_of_two_outputs():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = nn.Dense(6)(x)
+            return nn.relu(x), nn.tanh(x)
+
+    def function(_: nn.Module, x: jax.Array) -> jax.Array:
+        first, second = Two(name="two")(x)
+        return first + second
+
+    # It grows until it has one output, which is the sum.
+    block = spec.Block("two", weight_curvature=1.0, input_curvature=0.5)
+    assert infer(function, blocks=[block]) == [block]
+
+
+def test_blocks_stand_for_nnx_modules():
+    class Gate(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.dense = nnx.Linear(6, 6, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.relu(x * nnx.sigmoid(self.dense(x)))
+
+    model = abstract(lambda rngs: nnx.Sequential(Gate(rngs), nnx.tanh))
+    block = spec.Block("layers/0", weight_curvature=1.0, input_curvature=0.5)
+    declared = (block, spec.Activation("tanh"))
+    assert infer_spec(model, array(2, 6), blocks=[block]).layers == declared
+    with pytest.raises(ValueError, match="in module 'layers/0': mul multiplies two"):
+        infer_spec(model, array(2, 6))
+
+
+def test_blocks_stand_for_nnx_modules_whatever_method_is_called():
+    class Gate(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.dense = nnx.Linear(6, 6, rngs=rngs)
+
+        def gated(self, x: jax.Array) -> jax.Array:
+            return x * nnx.sigmoid(self.dense(x))
+
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.gate, self.head = Gate(rngs), nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.head(self.gate.gated(x))
+
+    block = spec.Block("gate", weight_curvature=1.0, input_curvature=0.5)
+    chain = infer_spec(abstract(Net), array(2, 6), blocks=[block])
+    assert chain.layers == (block, spec.Dense("head"))
+
+
+def zero_padded(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def param(module: nn.Module, name: str, *shape: int) -> jax.Array:
+    return module.param(name, nn.initializers.ones, shape)
+
+
+def twice(_: nn.Module, x: jax.Array) -> jax.Array:
+    dense = nn.Dense(6, name="d")
+    return dense(nn.relu(dense(x)))
+
+
+def twice_side_by_side(_: nn.Module, x: jax.Array) -> jax.Array:
+    dense = nn.Dense(6, name="d")
+    return dense(x) + nn.relu(dense(nn.tanh(x)))
+
+
+def tied(module: nn.Module, x: jax.Array) -> jax.Array:
+    kernel = param(module, "kernel", 6, 5)
+    return (x @ kernel) @ kernel.T
+
+
+def squeeze_excite(_: nn.Module, x: jax.Array) -> jax.Array:
+    gate = nn.sigmoid(nn.Dense(6, name="gate")(x.mean((1, 2), keepdims=True)))
+    return x * gate
+
+
+@jax.custom_vjp
+def reversed_gradient(x: jax.Array) -> jax.Array:
+    return x
+
+
+reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+@jax.custom_jvp
+def smaller_gradient(x: jax.Array) -> jax.Array:
+    return x
+
+
+smaller_gradient.defjvp(lambda primals, tangents: (primals[0], 0.1 * tangents[0]))
+
+
+UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
+    "attention": (
+        lambda _, x: nn.MultiHeadDotProductAttention(2, name="attend")(x, x),
+        (2, 5, 6),
+        "in module 'attend/out': dot_general .* not over the last axis",
+    ),
+    "scores": (
+        lambda _, x: jnp.einsum("bif,bjf->bij", x, x),
+        (2, 5, 6),
+        "dot_general multiplies two signals, as attention does",
+    ),
+    "recurrence": (
+        lambda _, x: nn.RNN(nn.LSTMCell(4), name="rnn")(x),
+        (2, 5, 6),
+        r"in module 'rnn': scan is a loop \(recurrence\)",
+    ),
+    "loop": (
+        lambda _, x: lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x), x),
+        IMAGES,
+        r"scan is a loop|while is a loop",
+    ),
+    "condition": (
+        lambda _, x: lax.cond(x.sum() > 0, jnp.tanh, jnp.sin, x),
+        IMAGES,
+        "cond is a branch on data",
+    ),
+    "layer used twice": (twice, (2, 6), "parameters of 'd' are used more than once"),
+    "layer used twice, side by side": (
+        twice_side_by_side,
+        (2, 6),
+        "parameters of 'd' are used more than once",
+    ),
+    "tied weights": (
+        tied,
+        (2, 6),
+        "kernel of dot_general is .* computed from 'kernel'",
+    ),
+    "weight norm": (
+        lambda _, x: nn.WeightNorm(nn.Dense(3, name="d"))(x),
+        (2, 6),
+        "the kernel of dot_general is what is computed from .*d/kernel",
+    ),
+    "masked convolution": (
+        lambda _, x: nn.Conv(
+            4, (3, 3), name="c", mask=jnp.ones((3, 3, 6, 4)).at[0].set(0)
+        )(x),
+        IMAGES,
+        "the kernel of conv_general_dilated is what is computed from 'c/kernel'",
+    ),
+    "convolution of kernels the other way": (
+        lambda _, x: nn.ConvTranspose(
+            4, (3, 3), strides=(2, 2), transpose_kernel=True, name="c"
+        )(x),
+        IMAGES,
+        "the kernel of conv_general_dilated is what is computed from 'c/kernel'",
+    ),
+    "local convolution": (
+        lambda _, x: nn.ConvLocal(4, (3, 3), name="c")(x),
+        IMAGES,
+        "in module 'c': .*dot_general",
+    ),
+    "parameter of another name": (
+        lambda module, x: x @ param(module, "w", 6, 3),
+        (2, 6),
+        "multiplies with 'w'.* call it 'kernel' in the model",
+    ),
+    "several features": (
+        lambda _, x: nn.DenseGeneral((2, 3), name="d")(x),
+        (2, 6),
+        r"spec.Dense\('d'\): expects a kernel of shape \(in, out\)",
+    ),
+    "concatenation": (
+        lambda _, x: jnp.concatenate([x, nn.Dense(3)(x)], -1),
+        IMAGES,
+        "concatenate is a concatenation",
+    ),
+    "squeeze and excite": (
+        squeeze_excite,
+        IMAGES,
+        "mul multiplies two signals, as gating and attention do",
+    ),
+    "gated linear unit": (
+        lambda _, x: nn.glu(nn.Dense(6)(x)),
+        IMAGES,
+        "mul multiplies two signals",
+    ),
+    "embedding": (
+        lambda _, x: nn.Embed(5, 6, name="embed")(x.astype(int)),
+        (2, 5),
+        "in module 'embed': gather is indexing, or an embedding",
+    ),
+    "class token": (
+        lambda _, x: nn.Dense(3)(nn.tanh(x)[:, 0]),
+        (2, 5, 6),
+        "slice is indexing",
+    ),
+    "position embedding": (
+        lambda module, x: nn.tanh(x) + param(module, "positions", 5, 6),
+        (2, 5, 6),
+        "add combines the signal with 'positions' in a way no link does",
+    ),
+    "layer scale": (
+        lambda module, x: x * param(module, "gamma", 6),
+        IMAGES,
+        "mul combines the signal with 'gamma' in a way no link does",
+    ),
+    "parameter along the positions": (
+        lambda module, x: nn.tanh(x) + param(module, "bias", 6)[:, None],
+        (2, 6, 6),
+        "add",
+    ),
+    "learned slope": (
+        lambda _, x: nn.PReLU(name="prelu")(x),
+        IMAGES,
+        "in module 'prelu': .*'prelu/negative_slope'",
+    ),
+    "another slope": (
+        lambda _, x: nn.leaky_relu(x, 0.2),
+        IMAGES,
+        "neither a Scale nor one of Activation's",
+    ),
+    "unknown activation": (
+        lambda _, x: jnp.sin(x),
+        IMAGES,
+        "sin ends an elementwise function that is neither",
+    ),
+    "shift": (
+        lambda _, x: nn.relu(x) + 1.0,
+        IMAGES,
+        "add ends an elementwise function that is neither",
+    ),
+    "softmax": (
+        lambda _, x: nn.softmax(x),
+        IMAGES,
+        "div uses statistics of the signal as no normalisation does",
+    ),
+    "another normalisation": (
+        lambda _, x: x / jnp.abs(x).mean(-1, keepdims=True),
+        IMAGES,
+        "div uses statistics of the signal as no normalisation does",
+    ),
+    "normalisation over some positions": (
+        lambda _, x: (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True) + 1e-6),
+        IMAGES,
+        "div uses statistics of the signal as no normalisation does",
+    ),
+    "statistics put in the wrong place": (
+        lambda _, x: x - x.mean(2)[:, :, None] / x.mean(1)[:, :, None],
+        (2, 6, 6),
+        "infer_spec",
+    ),
+    "noise": (
+        lambda module, x: x + jax.random.normal(module.make_rng("noise"), x.shape),
+        IMAGES,
+        "add combines the signal with random numbers",
+    ),
+    "mask of the input, beside the input": (
+        lambda _, x: x + x * jnp.arange(6.0),
+        IMAGES,
+        "the two sides of add come from one signal",
+    ),
+    "a bias after a root mean square": (
+        lambda module, x: (
+            nn.RMSNorm(name="n", use_scale=False)(x) + param(module, "bias", 6)
+        ),
+        IMAGES,
+        "add adds 'bias', but not to its own layer",
+    ),
+    "mask": (
+        lambda _, x: nn.tanh(x) * jnp.arange(6.0),
+        IMAGES,
+        "mul combines the signal with an array",
+    ),
+    "average of what is inside": (
+        lambda _, x: nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False),
+        IMAGES,
+        "div combines the signal with an array",
+    ),
+    "upsampling": (
+        lambda _, x: jax.image.resize(x, (2, 16, 16, 6), "nearest"),
+        IMAGES,
+        "gather",
+    ),
+    "repeats": (
+        lambda _, x: jnp.repeat(nn.tanh(x), 2, axis=1),
+        IMAGES,
+        "broadcast_in_dim repeats the signal along an axis",
+    ),
+    "sort": (lambda _, x: jnp.sort(x, -1), IMAGES, "sort is an order by value"),
+    "custom derivative": (
+        lambda _, x: reversed_gradient(nn.Dense(3)(x)),
+        IMAGES,
+        "custom_vjp_call is a function with a derivative of its own",
+    ),
+    "custom derivative, forward": (
+        lambda _, x: smaller_gradient(nn.Dense(3)(x)),
+        IMAGES,
+        "custom_jvp_call is a function with a derivative of its own",
+    ),
+    "stopped gradient": (
+        lambda _, x: lax.stop_gradient(nn.Dense(3)(x)),
+        IMAGES,
+        "stop_gradient is a stopped gradient",
+    ),
+    "maximum over zeros around": (
+        lambda _, x: nn.max_pool(zero_padded(nn.tanh(x)), (3, 3)),
+        IMAGES,
+        "reduce_window_max follows on padding",
+    ),
+    "padding without a window": (
+        lambda _, x: nn.relu(zero_padded(nn.tanh(x))),
+        IMAGES,
+        "padding is followed by no convolution",
+    ),
+    "mixing of tokens": (
+        lambda _, x: jnp.swapaxes(nn.Dense(5)(jnp.swapaxes(nn.tanh(x), 1, 2)), 1, 2),
+        (2, 5, 6),
+        "dot_general acts on a signal whose axes are transposed",
+    ),
+    "space to depth": (
+        lambda _, x: nn.tanh(x).reshape((2, 8, 4, 12)),
+        IMAGES,
+        "reshape from .* divides the features",
+    ),
+    "folded batch": (
+        lambda _, x: nn.tanh(x).reshape((10, 6)),
+        (2, 5, 6),
+        "reshape changes the batch dimension",
+    ),
+    "sum over features": (lambda _, x: x.sum(-1), IMAGES, "sum over features or batch"),
+    "two outputs": (lambda _, x: (x, nn.relu(x)), IMAGES, "has 2 outputs"),
+    "no output": (lambda _, x: jnp.ones(3), IMAGES, "has 0 outputs"),
+}
+
+
+NO_WAY_OUT = ("stopped gradient", "folded batch", "two outputs", "no output")
+
+
+def pasted(error: pytest.ExceptionInfo[ValueError]) -> list[spec.Block]:
+    """The blocks that an error message says to pass."""
+    (text,) = re.findall(r"Pass blocks=(\[.*?\]) to ", str(error.value))
+    return eval(text)
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_what_is_not_known_is_an_error(case):
+    function, shape, message = UNKNOWN[case]
+    with pytest.raises(ValueError, match=message) as error:
+        infer(function, *shape)
+    assert str(error.value).startswith("infer_spec: ")
+    if case in NO_WAY_OUT:
+        assert "spec.Block" not in str(error.value)
+        return
+    assert "measured scales" in str(error.value)
+    blocks = pasted(error)
+    numbers = {"weight_curvature": 1.0, "input_curvature": 1.0}
+    given = [dataclasses.replace(block, **numbers) for block in blocks]
+    assert any(
+        isinstance(link, spec.Block) for link in infer(function, *shape, blocks=given)
+    )
+
+
+def check(function: Callable[..., Any], x: jax.Array) -> spec.LayerChain:
+    """Pastes what the error says; the chain covers all parameters and gives scales."""
+    model = Call(function)
+    with pytest.raises(ValueError, match="infer_spec: ") as error:
+        infer_spec(model, x)
+    chain = infer_spec(model, x, blocks=pasted(error))
+    params: Any = model.init(jax.random.key(0), x).get("params", {})
+    assert eval(repr(chain)) == chain
+    bmo.check_spec(chain, params)
+    assert all(0 < scale < math.inf for scale in scales(chain, params).values())
+    return chain
+
+
+def scales(chain: spec.LayerChain, params: Any) -> dict[str, jax.Array]:
+    return bmo.layer_scales(params=params, spec=chain)
+
+
+class Stacked(nn.Module):
+    """One of the layers of a scan."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return nn.relu(nn.Dense(6, name="d")(x)), None
+
+
+def scanned(_: nn.Module, x: jax.Array) -> jax.Array:
+    kinds: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    layers: Any = nn.scan(Stacked, length=3, **kinds)
+    x, _ = layers(name="layers")(x, None)
+    return nn.Dense(2, name="head")(x)
+
+
+def attention(_: nn.Module, x: jax.Array) -> jax.Array:
+    x = x + nn.MultiHeadDotProductAttention(2, name="attend")(nn.LayerNorm()(x))
+    return nn.Dense(2, name="head")(x)
+
+
+def test_blocks_that_errors_name():
+    tokens, images = jnp.ones((2, 5, 6)), jnp.ones(IMAGES)
+    assert check(attention, tokens).paths[1:] == ("attend", "head")
+    assert check(scanned, tokens).paths == ("layers/d", "head")
+    assert check(twice, jnp.ones((2, 6))).paths == ("d",)
+    assert check(UNKNOWN["recurrence"][0], tokens).paths == ("LSTMCell_0",)
+    (link,) = check(lambda _, x: jnp.sin(x), images).layers
+    assert isinstance(link, spec.Block)
+    assert link.path is None
+    assert link.weight_curvature is None
+
+
+def test_blocks_before_and_after_one_another():
+    def function(module: nn.Module, x: jax.Array) -> jax.Array:
+        x = nn.Dense(6, name="a")(jnp.sin(x) * param(module, "gamma", 6))
+        return nn.softmax(nn.Dense(4, name="b")(squeeze_excite(module, x)).mean((1, 2)))
+
+    chain = check(function, jnp.ones(IMAGES))
+    assert chain.paths == ("gamma", "a", "gate", "b")
+    assert [type(link).__name__ for link in chain.layers] == [
+        "Block", "Block", "Dense", "Block", "Dense", "GlobalAvgPool", "Block"
+    ]  # fmt: skip
+
+
+def test_an_unknown_function_beside_its_own_input():
+    def function(_: nn.Module, x: jax.Array) -> jax.Array:
+        x = nn.Dense(6, name="d")(x)
+        return x + jnp.sin(x)
+
+    _, block = check(function, jnp.ones((64, 6))).layers
+    assert isinstance(block, spec.Block)
+    # E (1 + cos x)^2 for a normal x: with the cross term, 2 / sqrt(e).
+    expected = 1 + 2 / math.e**0.5 + (1 + math.e**-2) / 2
+    assert block.input_curvature == pytest.approx(expected, rel=0.03)
+
+
+def test_a_parameter_beside_modules_is_a_block_by_itself():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x + nn.Dense(6, name="d")(x) * param(self, "gamma", 6)
+
+    chain = check(lambda _, x: Mixed(name="mixed")(x), jnp.ones((2, 6)))
+    assert chain.paths == ("mixed/d", "mixed/gamma")
+
+
+def test_an_embedding():
+    def function(_: nn.Module, tokens: jax.Array) -> jax.Array:
+        return nn.Dense(3, name="d")(nn.Embed(5, 6, name="embed")(tokens))
+
+    (embed, dense) = check(function, jnp.zeros((2, 7), jnp.int32)).layers
+    assert isinstance(embed, spec.Block)
+    assert embed.output_shape == (7, 6)
+    # Each of 7 tokens meets one row of 5.
+    assert embed.weight_curvature == pytest.approx(7 / 5, rel=0.02)
+    assert dense == spec.Dense("d")
+
+
+def jacobian_numbers(function: Any, params: Any, x: jax.Array) -> tuple[Any, Any]:
+    """The mean diagonals of `J^T J` for the parameters and the input of one example."""
+    of_params, of_x = jax.jacobian(function, argnums=(0, 1))(params, x)
+    outputs = jax.eval_shape(function, params, x).ndim
+
+    def diagonals(tree: Any) -> jax.Array:
+        leaves = jax.tree.leaves(tree)
+        squares = [
+            jnp.square(leaf).sum(tuple(range(outputs))).ravel() for leaf in leaves
+        ]
+        return jnp.concatenate(squares).mean()
+
+    return diagonals(of_params), diagonals(of_x)
+
+
+def test_measured_numbers_are_those_of_the_jacobian():
+    class Gate(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x * nn.sigmoid(nn.Dense(6)(x))
+
+    model, batch = Call(lambda _, x: Gate(name="gate")(x)), 1024
+    x = jax.random.normal(jax.random.key(1), (batch, 6))
+    variables = model.init(jax.random.key(0), x)
+    (block,) = infer_spec(model, x, blocks=[spec.Block("gate")]).layers
+    assert isinstance(block, spec.Block)
+    params = variables["params"]
+
+    def one(params: Any, x: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, x[None])[0]  # pyright: ignore
+
+    exact = jnp.array(jax.vmap(lambda x: jacobian_numbers(one, params, x))(x)).mean(1)
+    numbers = [block.weight_curvature, block.input_curvature]
+    assert numbers == pytest.approx([*map(float, exact)], rel=0.1)
+    outputs: Any = model.apply(variables, x)
+    gain = jnp.mean(outputs**2) / jnp.mean(x**2)
+    assert block.forward_gain == pytest.approx(float(gain), rel=0.1)
+
+
+def test_numbers_that_are_given_are_kept():
+    block = spec.Block("gate", input_curvature=0.5)
+    (found,) = infer(squeeze_excite, blocks=[block])
+    assert found.input_curvature == 0.5
+    assert 0 < found.weight_curvature < 10
+    with pytest.raises(ValueError, match=r"its input_curvature was .* 0"):
+        infer(lambda _, x: lax.stop_gradient(nn.Dense(6)(x)), blocks=[spec.Block(None)])
+
+
+@pytest.mark.parametrize("concrete", [False, True])
+def test_measured_numbers_of_an_nnx_model(concrete):
+    class Twice(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.dense = nnx.Linear(32, 32, rngs=rngs)
+            self.norm = nnx.BatchNorm(32, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.dropout(self.norm(self.dense(self.dense(x))))
+
+    model = Twice(nnx.Rngs(0)) if concrete else abstract(Twice)
+    chain = infer_spec(model, array(32, 32), blocks=[spec.Block("dense")])
+    block, *rest = chain.layers
+    assert rest == [spec.BatchNorm("norm"), spec.Dropout(0.5)]
+    assert isinstance(block, spec.Block)
+    # A random kernel of unit gain, used twice: each use adds 1 to its curvature.
+    assert block.input_curvature == pytest.approx(1, rel=0.25)
+    assert block.weight_curvature == pytest.approx(2, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (spec.Block("d"), r"must be a list such as .* but it is a .*Block"),
+        ("d", r"must be a list such as \[spec.Block\('attend'\)\], but it is 'd'"),
+        ([spec.Dense("d")], r"blocks\[0\] must be a spec.Block .* a .*Dense"),
+        ([spec.Block("d"), "e"], r"blocks\[1\] must be a spec.Block .* 'e', a str"),
+        ([spec.Block(None)], r"Block\(None\) is not needed: links describe all"),
+        ([spec.Block("e")], "does not depend on a module at 'e'"),
+    ],
+)
+def test_blocks_are_checked(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        infer(lambda _, x: nn.Dense(3, name="d")(x), blocks=blocks)
+
+
+def test_a_block_needs_numbers_elsewhere():
+    chain = spec.LayerChain([spec.Block("d")], input_shape=(6,))
+    with pytest.raises(
+        ValueError, match=r"needs weight_curvature.* infer_spec measures"
+    ):
+        bmo.check_spec(chain, {"d": {"kernel": jnp.ones((6, 6))}})

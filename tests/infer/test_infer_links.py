@@ -1,0 +1,510 @@
+"""Each kind of layer is recognised, however it is written."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from zoo_linen import IMAGES, Call, array, infer
+
+from backmatch_optax import spec
+from backmatch_optax.infer import infer_spec
+from backmatch_optax.spec.elementwise import ACTIVATIONS
+
+RELU = spec.Activation("relu")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in ACTIVATIONS if name not in ("identity", "swish", "celu")],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_activations(name, dtype):
+    def function(_: Any, x: jax.Array) -> jax.Array:
+        return getattr(nn, name)(x.astype(dtype)).astype(jnp.float32)
+
+    assert infer(function) == [spec.Activation(name)]
+
+
+WRITTEN_OUT: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
+    "maximum": ("relu", lambda x: jnp.maximum(x, 0)),
+    "where": ("relu", lambda x: jnp.where(x > 0, x, 0)),
+    "product": ("relu", lambda x: x * (x > 0)),
+    "clip": ("relu6", lambda x: jnp.clip(x, 0, 6)),
+    "leaky": ("leaky_relu", lambda x: jnp.maximum(x, 0.01 * x)),
+    "exact gelu": ("gelu", lambda x: nn.gelu(x, approximate=False)),
+    "gelu by erf": ("gelu", lambda x: 0.5 * (x * (1 + lax.erf(x / 2**0.5)))),
+    "silu by exp": ("silu", lambda x: x / (1 + jnp.exp(-x))),
+    "swish": ("silu", nn.swish),
+    "celu": ("elu", nn.celu),
+    "tanh by exp": ("tanh", lambda x: 2 / (1 + jnp.exp(-2 * x)) - 1),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN_OUT)
+def test_activations_written_out(case):
+    name, function = WRITTEN_OUT[case]
+    assert infer(lambda _, x: function(x)) == [spec.Activation(name)]
+
+
+def groups(number: int) -> spec.Link:
+    return spec.GroupNorm("n", num_groups=number)
+
+
+NORMALISATIONS: dict[str, tuple[Callable[..., Any], spec.Link]] = {
+    "LayerNorm": (nn.LayerNorm, spec.LayerNorm("n")),
+    "RMSNorm": (nn.RMSNorm, spec.RMSNorm("n")),
+    "GroupNorm": (functools.partial(nn.GroupNorm, 3), groups(3)),
+    "GroupNorm, one group": (functools.partial(nn.GroupNorm, 1), groups(1)),
+    "InstanceNorm": (nn.InstanceNorm, groups(6)),
+    "BatchNorm, train": (
+        functools.partial(nn.BatchNorm, use_running_average=False),
+        spec.BatchNorm("n"),
+    ),
+    "BatchNorm, eval": (
+        functools.partial(nn.BatchNorm, use_running_average=True),
+        spec.BatchNorm("n"),
+    ),
+}
+AFFINE = [
+    {},
+    {"use_scale": False},
+    {"use_bias": False},
+    {"use_scale": False, "use_bias": False},
+    {"dtype": jnp.bfloat16},
+    {"epsilon": 1e-3},
+]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("options", AFFINE, ids=str)
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_normalisations(name, options, batch):
+    norm, declared = NORMALISATIONS[name]
+    if name == "RMSNorm":
+        options = {key: options[key] for key in options if key != "use_bias"}
+    has_bias = options.get("use_bias", True) and name != "RMSNorm"
+    if not (options.get("use_scale", True) or has_bias):
+        declared = dataclasses.replace(declared, path=None)  # pyright: ignore
+    if hasattr(declared, "epsilon") and "epsilon" in options:
+        declared = dataclasses.replace(declared, epsilon=1e-3)  # pyright: ignore
+    layers = infer(lambda _, x: norm(name="n", **options)(x), batch, 8, 8, 6)
+    assert layers == [declared]
+
+
+@pytest.mark.parametrize("norm", ["LayerNorm", "BatchNorm"])
+def test_normalisations_of_vectors(norm):
+    options = {"use_running_average": False} if norm == "BatchNorm" else {}
+    layers = infer(lambda _, x: getattr(nn, norm)(name="n", **options)(x), 5, 6)
+    assert layers == [getattr(spec, norm)("n")]
+
+
+def test_normalisations_written_out():
+    def standardised(_: Any, x: jax.Array) -> jax.Array:
+        mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        return (x - mean) / jnp.sqrt(variance + 1e-6)
+
+    assert infer(standardised) == [spec.LayerNorm()]
+    lengths = functools.partial(jnp.linalg.norm, axis=-1, keepdims=True)
+    # A vector of length 1 has a mean square of 1 / features.
+    (norm, scale) = infer(lambda _, x: x / lengths(x), 2, 4)
+    assert isinstance(norm, spec.RMSNorm)
+    assert getattr(norm, "epsilon", 0.0) == 0.0
+    assert scale == spec.Scale(0.5)
+
+
+CONVOLUTIONS = [
+    {"strides": strides, "padding": padding, "kernel_dilation": dilation}
+    for strides in (1, 2, (1, 2))
+    for padding in ("SAME", "VALID", "CIRCULAR", "REFLECT", ((1, 2), (0, 1)), 3)
+    for dilation in (1, 2)
+]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_convolutions(options):
+    layers = infer(lambda _, x: nn.Conv(4, (3, 3), name="c", **options)(x))
+    assert layers == [spec.Conv("c", **options)]
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1)), 1])
+@pytest.mark.parametrize("strides", [(2, 2), (3, 2)])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_transposed_convolutions(padding, strides, dilation):
+    options: Any = {"strides": strides, "padding": padding, "kernel_dilation": dilation}
+    layers = infer(lambda _, x: nn.ConvTranspose(4, (3, 3), name="c", **options)(x))
+    options["strides"] = 2 if strides == (2, 2) else strides  # the shorter form
+    assert layers == [spec.ConvTranspose("c", **options)]
+
+
+def zero_padded(x: jax.Array, size: int = 1) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (size, size), (size, size), (0, 0)))
+
+
+def norm_of_sum(_: nn.Module, x: jax.Array) -> jax.Array:
+    return nn.LayerNorm(name="n")(x + nn.relu(nn.Dense(6, name="d")(x)))
+
+
+def twice_nested(_: nn.Module, x: jax.Array) -> jax.Array:
+    inner = x + nn.Dense(6, name="a")(x)
+    return x + 0.1 * nn.Dense(6, name="b")(nn.relu(inner))
+
+
+def kept_positions(_: nn.Module, x: jax.Array) -> jax.Array:
+    x = nn.relu(x.mean((1, 2), keepdims=True))
+    return nn.Conv(3, (1, 1), name="c")(x).reshape((x.shape[0], -1))
+
+
+def mapped_over_batch(module: nn.Module, x: jax.Array) -> jax.Array:
+    def one(_: nn.Module, x: jax.Array) -> jax.Array:
+        return nn.Dense(3, name="d")(nn.Conv(4, (3, 3), name="c")(x).ravel())
+
+    shared: Any = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
+    return nn.vmap(one, **shared)(module, x)
+
+
+CONSTRUCTS: dict[str, tuple[Callable[..., Any], list[spec.Link], tuple[int, ...]]] = {
+    "max_pool": (
+        lambda _, x: nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME"),
+        [spec.MaxPool((3, 3), strides=2, padding="SAME")],
+        IMAGES,
+    ),
+    "max_pool of stride 1": (
+        lambda _, x: nn.max_pool(x, (3, 3)),
+        [spec.MaxPool((3, 3))],
+        IMAGES,
+    ),
+    "avg_pool": (
+        lambda _, x: nn.avg_pool(x, (2, 3), strides=(2, 1)),
+        [spec.AvgPool((2, 3), strides=(2, 1))],
+        IMAGES,
+    ),
+    "reduce_window": (
+        lambda _, x: lax.reduce_window(
+            x,
+            -jnp.inf,
+            lax.max,
+            (1, 2, 2, 1),
+            (1, 2, 2, 1),
+            ((0, 0), (1, 0), (0, 1), (0, 0)),
+        ),
+        [spec.MaxPool((2, 2), strides=2, padding=((1, 0), (0, 1)))],
+        IMAGES,
+    ),
+    "a sum in place of a mean": (
+        lambda _, x: x.sum((1, 2)),
+        [spec.GlobalAvgPool(), spec.Scale(64.0)],
+        IMAGES,
+    ),
+    "global mean": (lambda _, x: x.mean((1, 2)), [spec.GlobalAvgPool()], IMAGES),
+    "global mean, axes kept": (
+        lambda _, x: x.mean((1, 2), keepdims=True),
+        [spec.GlobalAvgPool()],
+        IMAGES,
+    ),
+    "convolution of a global mean": (
+        kept_positions,
+        [spec.AvgPool((8, 8)), RELU, spec.Conv("c"), spec.Flatten()],
+        IMAGES,
+    ),
+    "global maximum": (
+        lambda _, x: x.max((1, 2)),
+        [spec.MaxPool((8, 8)), spec.Flatten()],
+        IMAGES,
+    ),
+    "mean over one axis": (
+        lambda _, x: nn.Dense(3, name="d")(x.mean(1)),
+        [spec.AvgPool((8, 1)), spec.Dense("d")],
+        IMAGES,
+    ),
+    "every second position": (
+        lambda _, x: x[:, ::2, ::2],
+        [spec.AvgPool((1, 1), strides=2)],
+        IMAGES,
+    ),
+    "zeros around": (
+        lambda _, x: nn.Conv(4, (3, 3), 2, "VALID", name="c")(zero_padded(x)),
+        [spec.Conv("c", strides=2, padding=1)],
+        IMAGES,
+    ),
+    "zeros around a maximum of positive values": (
+        lambda _, x: nn.max_pool(zero_padded(nn.relu(x)), (3, 3), strides=(2, 2)),
+        [RELU, spec.MaxPool((3, 3), strides=2, padding=1)],
+        IMAGES,
+    ),
+    "causal": (
+        lambda _, x: nn.Conv(4, (3,), padding="CAUSAL", name="c")(x),
+        [spec.Conv("c", padding="CAUSAL")],
+        (2, 8, 6),
+    ),
+    "three dimensions": (
+        lambda _, x: nn.Conv(4, (3, 3, 3), name="c")(x),
+        [spec.Conv("c")],
+        (2, 4, 4, 4, 6),
+    ),
+    "groups": (
+        lambda _, x: nn.Conv(12, (3, 3), feature_group_count=6, name="c")(x),
+        [spec.Conv("c", feature_group_count=6)],
+        IMAGES,
+    ),
+    "flatten": (
+        lambda _, x: nn.Dense(3, name="d")(x.reshape((2, -1)).reshape((2, -1))),
+        [spec.Flatten(), spec.Dense("d")],
+        IMAGES,
+    ),
+    "ravel each": (
+        lambda _, x: nn.Dense(3, name="d")(jax.vmap(jnp.ravel)(x)),
+        [spec.Flatten(), spec.Dense("d")],
+        IMAGES,
+    ),
+    "a batch of 1": (
+        lambda _, x: nn.Dense(3, name="d")(nn.relu(x).reshape((1, -1))),
+        [RELU, spec.Flatten(), spec.Dense("d")],
+        (1, 8, 8, 6),
+    ),
+    "a model for one example": (
+        mapped_over_batch,
+        [spec.Conv("c"), spec.Flatten(), spec.Dense("d")],
+        IMAGES,
+    ),
+    "tokens": (
+        lambda _, x: nn.Dense(3, name="d")(x.reshape((2, 64, 6))).mean(1),
+        [spec.Dense("d"), spec.GlobalAvgPool()],
+        IMAGES,
+    ),
+    "tokens and back": (
+        lambda _, x: nn.Conv(3, (3, 3), name="c")(
+            nn.LayerNorm(name="n")(x.reshape((2, 64, 6))).reshape((2, 8, 8, 6))
+        ),
+        [spec.LayerNorm("n"), spec.Conv("c")],
+        IMAGES,
+    ),
+    "axes moved and back": (
+        lambda _, x: nn.relu(nn.tanh(x).transpose((0, 3, 1, 2))).transpose(
+            (0, 2, 3, 1)
+        ),
+        [spec.Activation("tanh"), RELU],
+        IMAGES,
+    ),
+    "axes moved and flattened": (
+        lambda _, x: nn.tanh(x).transpose((0, 3, 1, 2)).reshape((2, -1)),
+        [spec.Activation("tanh"), spec.Flatten()],
+        IMAGES,
+    ),
+    "axes of size 1": (
+        lambda _, x: nn.relu(nn.tanh(x)[:, None])[:, 0],
+        [spec.Activation("tanh"), RELU],
+        (2, 6),
+    ),
+    "positions": (
+        lambda _, x: nn.Dense(4, name="d")(x),
+        [spec.Dense("d")],
+        (2, 5, 3, 6),
+    ),
+    "scales": (lambda _, x: -nn.relu(x) * 3 / 8, [RELU, spec.Scale(-0.375)], IMAGES),
+    "a scale of 1": (lambda _, x: nn.relu(x) * 2 / 2 + 0.0, [RELU], IMAGES),
+    "sum of itself": (
+        lambda _, x: (y := nn.relu(x)) + y,
+        [RELU, spec.Scale(2.0)],
+        IMAGES,
+    ),
+    "one output": (
+        lambda _, x: nn.Dense(1, name="d")(nn.relu(x)),
+        [RELU, spec.Dense("d")],
+        (4, 6),
+    ),
+    "one number for each example": (
+        lambda _, x: jax.nn.sigmoid(nn.Dense(1, name="d")(x).squeeze(-1)),
+        [spec.Dense("d"), spec.Activation("sigmoid")],
+        (4, 6),
+    ),
+    "the first of one output": (
+        lambda _, x: nn.Dense(1, name="d")(x)[..., 0],
+        [spec.Dense("d")],
+        (4, 6),
+    ),
+    "one channel": (
+        lambda _, x: nn.BatchNorm(False, name="n")(nn.Conv(1, (3, 3), name="c")(x)),
+        [spec.Conv("c"), spec.BatchNorm("n")],
+        IMAGES,
+    ),
+    "grey image": (
+        lambda _, x: nn.ConvTranspose(1, (3, 3), strides=(2, 2), name="c")(x),
+        [spec.ConvTranspose("c", strides=2)],
+        IMAGES,
+    ),
+    "scaled input": (lambda _, x: nn.relu(x / 255), [RELU], IMAGES),
+    "centred and scaled input": (
+        lambda _, x: nn.relu((x - 127.5) / 127.5),
+        [RELU],
+        IMAGES,
+    ),
+    "scaled and centred input": (
+        lambda _, x: nn.relu(x / 255 - jnp.arange(6) / 10),
+        [RELU],
+        IMAGES,
+    ),
+    "dropout": (
+        lambda _, x: nn.Dropout(0.3, deterministic=False)(x),
+        [spec.Dropout(0.3)],
+        IMAGES,
+    ),
+    "no dropout": (lambda _, x: nn.Dropout(0.3, deterministic=True)(x), [], IMAGES),
+    "stochastic depth": (
+        lambda _, x: (
+            x
+            + nn.Dropout(0.3, (1, 2, 3), deterministic=False)(nn.Dense(6, name="d")(x))
+        ),
+        [spec.Residual([spec.Dense("d"), spec.Dropout(0.3)])],
+        IMAGES,
+    ),
+    "norm of a sum": (
+        norm_of_sum,
+        [spec.Residual([spec.Dense("d"), RELU]), spec.LayerNorm("n")],
+        IMAGES,
+    ),
+    "nested": (
+        twice_nested,
+        [
+            spec.Residual(
+                [
+                    spec.Residual([spec.Dense("a")]),
+                    RELU,
+                    spec.Dense("b"),
+                    spec.Scale(0.1),
+                ]
+            )
+        ],
+        IMAGES,
+    ),
+    "difference": (
+        lambda _, x: x - nn.Dense(6, name="d")(x),
+        [spec.Residual([spec.Dense("d"), spec.Scale(-1.0)])],
+        IMAGES,
+    ),
+    "three arms": (
+        lambda _, x: x + nn.Dense(6, name="d")(x) + nn.Dense(6, name="e")(nn.relu(x)),
+        [spec.Residual([spec.Residual([spec.Dense("d")])], [RELU, spec.Dense("e")])],
+        IMAGES,
+    ),
+    "einsum": (
+        lambda _, x: nn.Einsum((6, 5), "...i,io->...o", name="e")(x),
+        [spec.Dense("e")],
+        IMAGES,
+    ),
+    "bfloat16": (
+        lambda _, x: nn.avg_pool(
+            nn.relu(nn.Conv(4, (3, 3), dtype=jnp.bfloat16, name="c")(x)), (3, 3)
+        ).astype(jnp.float32),
+        [spec.Conv("c"), RELU, spec.AvgPool((3, 3))],
+        IMAGES,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONSTRUCTS)
+def test_constructs(case):
+    function, declared, shape = CONSTRUCTS[case]
+    assert infer(function, *shape) == declared
+
+
+PREPARED: dict[str, tuple[Callable[..., Any], tuple[int, ...], tuple[int, ...]]] = {
+    "axes moved": (lambda x: x.transpose((0, 2, 3, 1)), (2, 3, 8, 9), (8, 9, 3)),
+    "channel added": (lambda x: x[..., None], (2, 8, 9), (8, 9, 1)),
+    "image of a vector": (lambda x: x.reshape((-1, 8, 9, 1)), (2, 72), (8, 9, 1)),
+    "standardised": (
+        lambda x: (x / 255 - jnp.arange(3.0)) / jnp.array([1.0, 2.0, 3.0]),
+        (2, 8, 9, 3),
+        (8, 9, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PREPARED)
+def test_the_chain_begins_behind_what_prepares_the_input(case):
+    prepare, shape, input_shape = PREPARED[case]
+    model = Call(lambda _, x: nn.Conv(4, (3, 3), name="c")(prepare(x)))
+    expected = spec.LayerChain([spec.Conv("c")], input_shape=input_shape)
+    assert infer_spec(model, array(*shape)) == expected
+
+
+MASKS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "bernoulli": lambda x, key: x * jax.random.bernoulli(key, 0.7, x.shape) / 0.7,
+    "what is dropped": lambda x, key: jnp.where(
+        jax.random.bernoulli(key, 0.3, x.shape), 0.0, x / 0.7
+    ),
+    "uniform": lambda x, key: x * (jax.random.uniform(key, x.shape) > 0.3) / 0.7,
+    "not": lambda x, key: x * ~(jax.random.uniform(key, x.shape) < 0.3) / 0.7,
+    "bfloat16": lambda x, key: (
+        x * (jax.random.uniform(key, x.shape, jnp.bfloat16) >= 0.3) / 0.7
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_dropout_written_out(case):
+    def function(module: nn.Module, x: jax.Array) -> jax.Array:
+        return MASKS[case](x, module.make_rng("noise"))
+
+    (link,) = infer(function)
+    assert isinstance(link, spec.Dropout)
+    assert link.rate == pytest.approx(0.3, rel=0.01 if case == "bfloat16" else 1e-6)
+
+
+NOT_DROPOUT: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "another factor": lambda x, key: x * jax.random.bernoulli(key, 0.5, x.shape) * 100,
+    "no factor": lambda x, key: x * jax.random.bernoulli(key, 0.5, x.shape),
+    "another distribution": lambda x, key: (
+        2 * x * (jax.random.normal(key, x.shape) < 0.5)
+    ),
+    "another range": lambda x, key: (
+        2 * x * (jax.random.uniform(key, x.shape, minval=-1.0) < 0.5)
+    ),
+    "two masks": lambda x, key: (
+        x
+        * jax.random.bernoulli(key, 0.5, x.shape)
+        * jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, x.shape)
+        * 2
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DROPOUT)
+def test_a_random_mask_that_is_no_dropout(case):
+    def function(module: nn.Module, x: jax.Array) -> jax.Array:
+        return NOT_DROPOUT[case](nn.tanh(x), module.make_rng("noise"))
+
+    with pytest.raises(ValueError, match="a random mask, but a Dropout divides"):
+        infer(function)
+
+
+CORRELATED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": lambda x: x + nn.relu(x),
+    "norm": lambda x: nn.BatchNorm(False, name="n")(x) - x,
+    "silu": lambda x: nn.silu(x) - x / 2,
+    "pooling": lambda x: x + nn.avg_pool(x, (3, 3), padding="SAME"),
+    "both with a common part": lambda x: x + nn.Dense(6, name="d")(x) + nn.relu(x),
+}
+
+
+@pytest.mark.parametrize("case", CORRELATED)
+def test_arms_that_correlate(case):
+    with pytest.raises(
+        ValueError, match="one signal with no kernel in between"
+    ) as error:
+        infer(lambda _, x: CORRELATED[case](nn.Dense(6, name="a")(x)))
+    assert "Pass blocks=[spec.Block(" in str(error.value)
+
+
+def test_what_mixes_on_every_way_does_not_correlate():
+    def function(_: nn.Module, x: jax.Array) -> jax.Array:
+        mixed = nn.Dense(6, name="a")(x) + nn.Dense(6, name="b")(x)
+        return nn.relu(x) + mixed
+
+    declared = spec.Residual([spec.Dense("a")], [spec.Dense("b")])
+    assert infer(function) == [spec.Residual([declared], [RELU])]
