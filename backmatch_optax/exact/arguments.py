@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+
+# What the functions take: arrays of any kind, and lists of numbers.
+ArrayOrList = jax.typing.ArrayLike | Sequence[Any]
 
 
 def real_array(
@@ -49,15 +54,11 @@ def real_dtype(name: str, dtype: Any, *arrays: jax.Array | None) -> jnp.dtype:
 
 def not_negative(name: str, argument: str, value: Any) -> float | None:
     """A finite number of at least 0; None where it is traced and so unknown."""
-    number = None
-    try:
-        scalar = jnp.shape(value) == ()
-        if not isinstance(value, Tracer):
-            number = float(value)
-    except (TypeError, ValueError):
-        scalar = False
-    if not scalar or (number is not None and not 0 <= number < math.inf):
+    traced = isinstance(value, Tracer)
+    scalar = value if traced else np.asarray(value)
+    real = any(jnp.issubdtype(scalar.dtype, kind) for kind in (np.floating, np.integer))
+    if scalar.shape or not real or not (traced or 0 <= float(scalar) < math.inf):
         raise ValueError(
             f"{name}: {argument} (={value!r}) must be a finite number, at least 0"
         )
-    return number
+    return None if traced else float(scalar)

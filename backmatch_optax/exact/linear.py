@@ -25,7 +25,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backmatch_optax.exact.arguments import not_negative, real_array, real_dtype
+from backmatch_optax.exact.arguments import (
+    ArrayOrList,
+    not_negative,
+    real_array,
+    real_dtype,
+)
 from backmatch_optax.numerics import checked_count, wide
 
 # As in Flax: an int stands for all spatial dimensions.
@@ -37,12 +42,12 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 def dense(
-    x: jax.typing.ArrayLike,
-    kernel: jax.typing.ArrayLike,
-    bias: jax.typing.ArrayLike | None = None,
+    x: ArrayOrList,
+    kernel: ArrayOrList,
+    bias: ArrayOrList | None = None,
     *,
     damping: jax.typing.ArrayLike = 0.0,
-    second_moment: jax.typing.ArrayLike | None = None,
+    second_moment: ArrayOrList | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     name: str = "exact.dense",
@@ -110,16 +115,16 @@ def dense(
 
 
 def conv(
-    x: jax.typing.ArrayLike,
-    kernel: jax.typing.ArrayLike,
-    bias: jax.typing.ArrayLike | None = None,
+    x: ArrayOrList,
+    kernel: ArrayOrList,
+    bias: ArrayOrList | None = None,
     *,
     strides: PerDimension | None = 1,
     padding: Padding = "SAME",
     kernel_dilation: PerDimension | None = 1,
     feature_group_count: int = 1,
     damping: jax.typing.ArrayLike = 0.0,
-    second_moment: jax.typing.ArrayLike | None = None,
+    second_moment: ArrayOrList | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     name: str = "exact.conv",
@@ -182,9 +187,9 @@ def conv(
 
 
 def second_moment(
-    x: jax.typing.ArrayLike,
-    kernel: jax.typing.ArrayLike,
-    bias: jax.typing.ArrayLike | None = None,
+    x: ArrayOrList,
+    kernel: ArrayOrList,
+    bias: ArrayOrList | None = None,
     **geometry: Any,
 ) -> jax.Array:
     r"""The matrix that `dense` and `conv` solve with: :math:`\mathbb{E}\, a a^T`.
