@@ -1,45 +1,70 @@
 """Flax Linen layers whose backward pass is back-matching propagation.
 
 They take the arguments of Flax's own, and have their parameters and names: a model
-changes its imports and nothing else. Those of linear layers take two more:
+changes its imports and nothing else. `Dense` and `Conv` take two more arguments:
 
-* `damping`: the relative ridge, see `backmatch_optax.exact.dense`.
+* `damping`: the relative ridge, at least 0; see `backmatch_optax.exact.dense`.
 * `decay`: how much of a running average of the second moment of the inputs each step
   keeps, in [0, 1); None solves with the batch's own. The average is kept, as a
-  BatchNorm's, in a collection: `mutable=["batch_stats", "second_moments"]`. It weighs
-  the steps it has seen, so that it is unbiased from the first, which it includes.
+  BatchNorm's, in a collection: `mutable=["batch_stats", "second_moments"]`. It is
+  unbiased from the first step, which it includes.
 
-Use `nn.relu`, `nn.max_pool` without overlap, reshapes and dropout between them. Read
-layer chains (`infer_spec`) off the model with Flax's own layers.
+An argument of Flax's that would have no effect raises `ValueError`. Flax's
+`dot_general` is one: that function sees neither the bias, which is solved for together
+with the kernel, nor what a circular padding repeats.
+
+Use `nn.relu`, `nn.max_pool` without overlap and reshapes between the layers. Read layer
+chains (`infer_spec`) off the model with Flax's own layers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from backmatch_optax import exact
-from backmatch_optax.exact.running import averaged, check_decay
+from backmatch_optax.exact.flax_layers import check_layer, moment_shape, solved
 
 __all__ = ["BatchNorm", "Conv", "Dense"]
 
 
-class Dense(nn.Dense):
+class _Exact(nn.Module):
+    """Checks its arguments when it is made."""
+
+    def __post_init__(self):
+        check_layer(self, f"exact.linen.{type(self).__name__}")
+        super().__post_init__()
+
+
+def _name(layer: nn.Module) -> str:
+    return f"exact.linen.{type(layer).__name__} at {'/'.join(layer.path)!r}"
+
+
+def _solved(layer: Any, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    kernel = layer.param("kernel", layer.kernel_init, shape, layer.param_dtype)
+    bias, collection = None, "second_moments"
+    if layer.use_bias:
+        bias = layer.param("bias", layer.bias_init, shape[-1:], layer.param_dtype)
+    if layer.decay is None:
+        return solved(layer, _name(layer), x, kernel, bias)[0]
+    size = moment_shape(layer, kernel)
+    total = layer.variable(collection, "total", jnp.zeros, size)
+    weight = layer.variable(collection, "weight", jnp.zeros, ())
+    kept = (total.value, weight.value)
+    y, new = solved(layer, _name(layer), x, kernel, bias, kept)
+    if layer.is_mutable_collection(collection) and not layer.is_initializing():
+        total.value, weight.value = new
+    return y
+
+
+class Dense(_Exact, nn.Dense):
     """`flax.linen.Dense` with the backward pass of `exact.dense`.
 
-    Maps (batch, ..., in) to (batch, ..., out).
-
-    Attributes:
-      damping: the relative ridge, at least 0.
-      decay: of the running average of the second moment; None for the batch's own.
-
-    Raises:
-      ValueError: in `init` and `apply`, where `damping` is below 0, `decay` is not in
-        [0, 1) or an argument of Flax's that would have no effect is given.
+    Maps `(batch, ..., in)` to `(batch, ..., out)`.
 
     Examples:
       >>> import jax
@@ -59,44 +84,13 @@ class Dense(nn.Dense):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Acts on the last axis; the first is the batch."""
-        _refuse(self, "dot_general", "dot_general_cls", "promote_dtype")
-        shape = (inputs.shape[-1], self.features)
-        kernel, bias = _kernel_and_bias(self, shape)
-        return exact.dense(
-            inputs,
-            kernel,
-            bias,
-            damping=self.damping,
-            second_moment=_running(self, inputs, kernel, bias),
-            dtype=self.dtype,
-            precision=self.precision,
-            name=_name(self),
-        )
+        return _solved(self, inputs, (jnp.shape(inputs)[-1], self.features))
 
 
-class Conv(nn.Conv):
+class Conv(_Exact, nn.Conv):
     """`flax.linen.Conv` with the backward pass of `exact.conv`.
 
-    Maps (batch, *positions, in) to (batch, *positions_out, out).
-
-    Attributes:
-      damping: the relative ridge, at least 0.
-      decay: of the running average of the second moment; None for the batch's own.
-
-    Raises:
-      ValueError: in `init` and `apply`, where `damping` is below 0, `decay` is not in
-        [0, 1) or an argument of Flax's that would have no effect is given.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from backmatch_optax.exact import linen
-      >>> layer = linen.Conv(3, (3, 3), use_bias=False)
-      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-      >>> params = layer.init(jax.random.key(1), x)["params"]
-      >>> direction = jax.grad(lambda p: layer.apply({"params": p}, x).sum())(params)
-      >>> jax.tree.map(jnp.shape, direction)
-      {'kernel': (3, 3, 1, 3)}
+    Maps `(batch, *positions, in)` to `(batch, *positions_out, out)`.
     """
 
     damping: float = 0.0
@@ -105,59 +99,19 @@ class Conv(nn.Conv):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Acts on the last axes, spatial and features; the first is the batch."""
-        _refuse(
-            self,
-            "input_dilation",
-            "mask",
-            "promote_dtype",
-            "conv_general_dilated",
-            "conv_general_dilated_cls",
-        )
         size = self.kernel_size
         window = tuple(size) if isinstance(size, Sequence) else (size,)
-        fan_in = inputs.shape[-1] // self.feature_group_count
-        kernel, bias = _kernel_and_bias(self, (*window, fan_in, self.features))
-        geometry = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "kernel_dilation": self.kernel_dilation,
-            "feature_group_count": self.feature_group_count,
-        }
-        return exact.conv(
-            inputs,
-            kernel,
-            bias,
-            damping=self.damping,
-            second_moment=_running(self, inputs, kernel, bias, **geometry),
-            dtype=self.dtype,
-            precision=self.precision,
-            name=_name(self),
-            **geometry,
-        )
+        fan_in = jnp.shape(inputs)[-1] // self.feature_group_count
+        return _solved(self, inputs, (*window, fan_in, self.features))
 
 
-class BatchNorm(nn.BatchNorm):
+class BatchNorm(_Exact, nn.BatchNorm):
     """`flax.linen.BatchNorm` with the backward pass of `exact.batch_norm`.
 
-    Keeps the shape, (batch, ..., features).
-
-    Raises:
-      ValueError: in `init` and `apply`, where an `axis`, an `axis_name` or a `mask` is
-        given.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from backmatch_optax.exact import linen
-      >>> layer = linen.BatchNorm(use_running_average=False)
-      >>> x = jnp.array([[-3.0], [3.0]])
-      >>> variables = layer.init(jax.random.key(0), x)
-      >>> y, _ = layer.apply(variables, x, mutable=["batch_stats"])
-      >>> print(y.round(4).T)
-      [[-1.  1.]]
+    Keeps the shape, `(batch, ..., features)`. It takes no `axis`, `axis_name` or
+    `mask`.
     """
 
-    @nn.compact
     def __call__(
         self,
         x: jax.Array,
@@ -166,78 +120,21 @@ class BatchNorm(nn.BatchNorm):
         mask: jax.Array | None = None,
     ) -> jax.Array:
         """Normalises every feature, over all axes but the last."""
-        _refuse(self, "axis", "axis_name", "axis_index_groups")
         if mask is not None:
-            raise ValueError(f"{_name(self)}: exact BatchNorm takes no mask")
-        frozen = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        shape = x.shape[-1:]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        var = self.variable("batch_stats", "var", jnp.ones, shape)
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        used = mean.value, var.value
-        if not frozen:
-            used = exact.batch_statistics(x)
-            if not self.is_initializing():
-                for average, of_batch in zip((mean, var), used, strict=True):
-                    kept = self.momentum * average.value
-                    average.value = kept + (1 - self.momentum) * of_batch
+            raise ValueError(f"{_name(self)}: mask is not supported")
+        # Flax's own makes the parameters and keeps the averages.
+        super().__call__(jax.lax.stop_gradient(jnp.asarray(x)), use_running_average)
+        variables = nn.unbox(self.variables)
+        params, stats = variables.get("params", {}), {}
+        if self.use_running_average or use_running_average:
+            stats = variables["batch_stats"]
         return exact.batch_norm(
             x,
-            scale,
-            bias,
-            mean=used[0],
-            var=used[1],
+            params.get("scale"),
+            params.get("bias"),
+            mean=stats.get("mean"),
+            var=stats.get("var"),
             epsilon=self.epsilon,
             dtype=self.dtype,
             name=_name(self),
         )
-
-
-def _name(module: nn.Module) -> str:
-    path = "/".join(module.path)
-    return f"exact.linen.{type(module).__name__} at {path!r}"
-
-
-def _refuse(module: nn.Module, *arguments: str) -> None:
-    """An argument of Flax's layer that would have no effect is an error."""
-    defaults = {field.name: field.default for field in dataclasses.fields(module)}
-    for argument in arguments:
-        if getattr(module, argument, None) is not defaults.get(argument):
-            raise ValueError(f"{_name(module)}: {argument} is not supported")
-
-
-def _kernel_and_bias(
-    module: nn.Dense | nn.Conv, shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array | None]:
-    kernel = module.param("kernel", module.kernel_init, shape, module.param_dtype)
-    if not module.use_bias:
-        return kernel, None
-    bias = module.param("bias", module.bias_init, shape[-1:], module.param_dtype)
-    return kernel, bias
-
-
-def _running(
-    module: Dense | Conv,
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    **geometry,
-) -> jax.Array | None:
-    check_decay(_name(module), module.decay)
-    if module.decay is None:
-        return None
-    moment = exact.second_moment(inputs, kernel, bias, **geometry)
-    total = module.variable("second_moments", "total", jnp.zeros_like, moment)
-    weight = module.variable("second_moments", "weight", jnp.zeros, ())
-    average, new_total, new_weight = averaged(
-        moment, total.value, weight.value, module.decay
-    )
-    if module.is_mutable_collection("second_moments") and not module.is_initializing():
-        total.value, weight.value = new_total, new_weight
-    return average

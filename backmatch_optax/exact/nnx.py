@@ -1,23 +1,12 @@
 """Flax NNX layers whose backward pass is back-matching propagation.
 
-They take the arguments of Flax's own, and have their parameters and names: a model
-changes its imports and nothing else. Those of linear layers take two more:
-
-* `damping`: the relative ridge, see `backmatch_optax.exact.dense`.
-* `decay`: how much of a running average of the second moment of the inputs each call
-  keeps, in [0, 1); None solves with the batch's own. The average is a `SecondMoment`
-  variable, unbiased from the first call, which it includes; after `model.eval()` it
-  stays as it is.
-
-Use `nnx.relu`, `nnx.max_pool` without overlap, reshapes and dropout between them. Read
-layer chains (`infer_spec`) off the model with Flax's own layers.
+`Linear`, `Conv` and `BatchNorm` are to Flax's own what those of
+`backmatch_optax.exact.linen` are, with the same `damping` and `decay`. The running
+average is a `SecondMoment` variable, and after `model.eval()` it stays as it is.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from backmatch_optax import exact
-from backmatch_optax.exact.running import averaged, check_decay
+from backmatch_optax.exact.flax_layers import check_layer, moment_shape, solved
 
 __all__ = ["BatchNorm", "Conv", "Linear", "SecondMoment"]
 
@@ -34,22 +23,52 @@ class SecondMoment(nnx.Variable):
     """What a running average of second moments is kept in."""
 
 
-class Linear(nnx.Linear):
+class _Solved(nnx.Module):
+    """What `Linear` and `Conv` share."""
+
+    def __init__(
+        self,
+        *args: Any,
+        damping: float = 0.0,
+        decay: float | None = None,
+        **options: Any,
+    ):
+        super().__init__(*args, **options)
+        self.damping, self.decay = damping, decay
+        check_layer(self, _name(self))
+        if decay is not None:
+            kernel = self.kernel  # pyright: ignore
+            self.second_moment = SecondMoment(jnp.zeros(moment_shape(self, kernel)))
+            self.second_moment_weight = SecondMoment(jnp.zeros(()))
+            self.use_running_average = False  # what `eval` and `train` of a model set
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Acts on the last axes, spatial and features; the first is the batch."""
+        if out_sharding is not None:
+            raise ValueError(f"{_name(self)}: out_sharding is not supported")
+        layer: Any = self  # Flax's own has its parameters
+        arguments = (self, _name(self), inputs, layer.kernel[...], _value(layer.bias))
+        if self.decay is None:
+            return solved(*arguments)[0]
+        total, weight = self.second_moment, self.second_moment_weight
+        y, new = solved(*arguments, (total[...], weight[...]))
+        if not self.use_running_average:
+            total[...], weight[...] = new
+        return y
+
+
+def _name(layer: nnx.Module) -> str:
+    return f"exact.nnx.{type(layer).__name__}"
+
+
+def _value(parameter: nnx.Param | None) -> jax.Array | None:
+    return None if parameter is None else parameter[...]
+
+
+class Linear(_Solved, nnx.Linear):
     """`flax.nnx.Linear` with the backward pass of `exact.dense`.
 
-    Maps (batch, ..., in) to (batch, ..., out).
-
-    Args:
-      in_features: features of the input.
-      out_features: features of the output.
-      damping: the relative ridge, at least 0.
-      decay: of the running average of the second moment; None for the batch's own.
-      **options: the other arguments of `nnx.Linear`.
-
-    Raises:
-      ValueError: where `decay` is not in [0, 1) or an argument of Flax's that would
-        have no effect is given; in a call, where `damping` is below 0 or an
-        `out_sharding` is given.
+    Maps `(batch, ..., in)` to `(batch, ..., out)`.
 
     Examples:
       >>> import jax
@@ -63,161 +82,24 @@ class Linear(nnx.Linear):
       (4, 3)
     """
 
-    damping: float
-    decay: float | None
-    second_moment: SecondMoment
-    second_moment_weight: SecondMoment
-    use_running_average: bool
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        damping: float = 0.0,
-        decay: float | None = None,
-        **options: Any,
-    ):
-        _refuse(
-            nnx.Linear,
-            options,
-            "dot_general",
-            "dot_general_cls",
-            "preferred_element_type",
-            "promote_dtype",
-        )
-        super().__init__(in_features, out_features, **options)
-        _keep(self, damping, decay, 1, in_features)
-
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Acts on the last axis; the first is the batch."""
-        _refuse_sharding(out_sharding)
-        kernel, bias = _kernel_and_bias(self)
-        return exact.dense(
-            inputs,
-            kernel,
-            bias,
-            damping=self.damping,
-            second_moment=_running(self, inputs, kernel, bias),
-            dtype=self.dtype,
-            precision=self.precision,
-            name="exact.nnx.Linear",
-        )
-
-
-class Conv(nnx.Conv):
+class Conv(_Solved, nnx.Conv):
     """`flax.nnx.Conv` with the backward pass of `exact.conv`.
 
-    Maps (batch, *positions, in) to (batch, *positions_out, out).
-
-    Args:
-      in_features: features of the input.
-      out_features: features of the output.
-      kernel_size: the window.
-      damping: the relative ridge, at least 0.
-      decay: of the running average of the second moment; None for the batch's own.
-      **options: the other arguments of `nnx.Conv`.
-
-    Raises:
-      ValueError: where `decay` is not in [0, 1) or an argument of Flax's that would
-        have no effect is given; in a call, where `damping` is below 0 or an
-        `out_sharding` is given.
-
-    Examples:
-      >>> import jax
-      >>> from flax import nnx
-      >>> from backmatch_optax.exact import nnx as exact_nnx
-      >>> layer = exact_nnx.Conv(1, 3, (3, 3), rngs=nnx.Rngs(0))
-      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-      >>> direction = nnx.grad(lambda layer: layer(x).sum())(layer)
-      >>> print(direction["kernel"].shape)
-      (3, 3, 1, 3)
+    Maps `(batch, *positions, in)` to `(batch, *positions_out, out)`.
     """
-
-    damping: float
-    decay: float | None
-    second_moment: SecondMoment
-    second_moment_weight: SecondMoment
-    use_running_average: bool
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        *,
-        damping: float = 0.0,
-        decay: float | None = None,
-        **options: Any,
-    ):
-        _refuse(
-            nnx.Conv,
-            options,
-            "input_dilation",
-            "mask",
-            "promote_dtype",
-            "conv_general_dilated",
-            "preferred_element_type",
-        )
-        super().__init__(in_features, out_features, kernel_size, **options)
-        window = math.prod(self.kernel.shape[:-2])
-        groups = self.feature_group_count
-        _keep(self, damping, decay, groups, window * (in_features // groups))
-
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Acts on the last axes, spatial and features; the first is the batch."""
-        _refuse_sharding(out_sharding)
-        kernel, bias = _kernel_and_bias(self)
-        geometry: dict[str, Any] = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "kernel_dilation": self.kernel_dilation,
-            "feature_group_count": self.feature_group_count,
-        }
-        return exact.conv(
-            inputs,
-            kernel,
-            bias,
-            damping=self.damping,
-            second_moment=_running(self, inputs, kernel, bias, **geometry),
-            dtype=self.dtype,
-            precision=self.precision,
-            name="exact.nnx.Conv",
-            **geometry,
-        )
 
 
 class BatchNorm(nnx.BatchNorm):
     """`flax.nnx.BatchNorm` with the backward pass of `exact.batch_norm`.
 
-    Keeps the shape, (batch, ..., features).
-
-    Args:
-      num_features: features of the input.
-      **options: the other arguments of `nnx.BatchNorm`.
-
-    Raises:
-      ValueError: where an `axis`, an `axis_name` or a `mask` is given.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from backmatch_optax.exact import nnx as exact_nnx
-      >>> layer = exact_nnx.BatchNorm(1, rngs=nnx.Rngs(0))
-      >>> print(layer(jnp.array([[-3.0], [3.0]])).round(4).T)
-      [[-1.  1.]]
+    Keeps the shape, `(batch, ..., features)`. It takes no `axis`, `axis_name` or
+    `mask`.
     """
 
     def __init__(self, num_features: int, **options: Any):
-        _refuse(
-            nnx.BatchNorm,
-            options,
-            "axis",
-            "axis_name",
-            "axis_index_groups",
-            "promote_dtype",
-        )
         super().__init__(num_features, **options)
+        check_layer(self, _name(self))
 
     def __call__(
         self,
@@ -228,68 +110,18 @@ class BatchNorm(nnx.BatchNorm):
     ) -> jax.Array:
         """Normalises every feature, over all axes but the last."""
         if mask is not None:
-            raise ValueError("exact.nnx.BatchNorm takes no mask")
+            raise ValueError(f"{_name(self)}: mask is not supported")
+        # Flax's own keeps the averages.
+        super().__call__(jax.lax.stop_gradient(jnp.asarray(x)), use_running_average)
         frozen = use_running_average
         frozen = self.use_running_average if frozen is None else frozen
-        used = self.mean[...], self.var[...]
-        if not frozen:
-            used = exact.batch_statistics(x)
-            for average, of_batch in zip((self.mean, self.var), used, strict=True):
-                kept = self.momentum * average[...]
-                average[...] = kept + (1 - self.momentum) * of_batch
         return exact.batch_norm(
             x,
-            None if self.scale is None else self.scale[...],
-            None if self.bias is None else self.bias[...],
-            mean=used[0],
-            var=used[1],
+            _value(self.scale),
+            _value(self.bias),
+            mean=self.mean[...] if frozen else None,
+            var=self.var[...] if frozen else None,
             epsilon=self.epsilon,
             dtype=self.dtype,
-            name="exact.nnx.BatchNorm",
+            name=_name(self),
         )
-
-
-def _refuse(layer: Any, options: dict[str, Any], *arguments: str) -> None:
-    """An argument of Flax's layer that would have no effect is an error."""
-    parameters = inspect.signature(layer.__init__).parameters
-    for argument in options.keys() & set(arguments):
-        if options[argument] is not parameters[argument].default:
-            raise ValueError(f"exact.nnx.{layer.__name__}: {argument} is not supported")
-
-
-def _refuse_sharding(out_sharding: Any) -> None:
-    if out_sharding is not None:
-        raise ValueError("exact.nnx: out_sharding is not supported")
-
-
-def _keep(
-    layer: Linear | Conv, damping: float, decay: float | None, groups: int, fan_in: int
-) -> None:
-    check_decay(f"exact.nnx.{type(layer).__name__}", decay)
-    layer.damping, layer.decay = damping, decay
-    if decay is not None:
-        n = fan_in + layer.use_bias
-        layer.second_moment = SecondMoment(jnp.zeros((groups, n, n)))
-        layer.second_moment_weight = SecondMoment(jnp.zeros(()))
-        layer.use_running_average = False  # what `eval` and `train` of a model set
-
-
-def _kernel_and_bias(layer: nnx.Linear | nnx.Conv) -> tuple[jax.Array, Any]:
-    return layer.kernel[...], None if layer.bias is None else layer.bias[...]
-
-
-def _running(
-    layer: Linear | Conv,
-    inputs: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    **geometry: Any,
-) -> jax.Array | None:
-    if layer.decay is None:
-        return None
-    moment = exact.second_moment(inputs, kernel, bias, **geometry)
-    total, weight = layer.second_moment, layer.second_moment_weight
-    average, *new = averaged(moment, total[...], weight[...], layer.decay)
-    if not layer.use_running_average:
-        total[...], weight[...] = new
-    return average

@@ -1,31 +1,37 @@
-"""BatchNorm and ReLU with their back-matching rules."""
+r"""BatchNorm with its back-matching rule, BM (24) to (27)."""
 
 from __future__ import annotations
 
-import functools
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backmatch_optax.exact.linear import _check_floating
+from backmatch_optax.exact.arguments import (
+    ArrayOrList,
+    not_negative,
+    real_array,
+    real_dtype,
+)
 from backmatch_optax.numerics import wide
 
 
-def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def batch_statistics(x: ArrayOrList) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of every feature, over all axes but the last.
 
     Args:
-      x: shape=(batch, *positions, features), of real floating dtype.
+      x: shape `(batch, *positions, features)`, of real floating dtype.
 
     Returns:
-      Both of shape=(features,), dtype float32, or float64 where `x` is; no gradient
+      Both of shape `(features,)`, dtype float32, or float64 where `x` is; no gradient
       flows through them.
 
     Raises:
-      ValueError: where `x` has fewer than two axes, or no real floating dtype.
+      ValueError: where `x` has fewer than two axes, is empty, or has no real floating
+        dtype.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -34,21 +40,21 @@ def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
       >>> print(mean, var)
       [2. 0.] [1. 0.]
     """
-    _check_features("exact.batch_statistics", x)
-    x = lax.stop_gradient(x).astype(wide(x.dtype))
+    x = lax.stop_gradient(_features("exact.batch_statistics", x))
+    x = x.astype(wide(x.dtype))
     axes = tuple(range(x.ndim - 1))
     mean = x.mean(axes)
     return mean, jnp.square(x - mean).mean(axes)
 
 
 def batch_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    x: ArrayOrList,
+    scale: ArrayOrList | None = None,
+    bias: ArrayOrList | None = None,
     *,
-    mean: jax.Array | None = None,
-    var: jax.Array | None = None,
-    epsilon: float = 1e-5,
+    mean: ArrayOrList | None = None,
+    var: ArrayOrList | None = None,
+    epsilon: jax.typing.ArrayLike = 1e-5,
     dtype: jax.typing.DTypeLike | None = None,
     name: str = "exact.batch_norm",
 ) -> jax.Array:
@@ -60,26 +66,26 @@ def batch_norm(
       \qquad \Rightarrow \qquad
       \delta' a = \delta b \, \frac{\sqrt{\mathrm{Var}\, a + \epsilon}}{\gamma}
 
-    which is BM (26) for :math:`\gamma = 1`: as there, the change of one input leaves
-    mean and variance as they are. So unlike BP's, what it hands back is not centred.
-    For scale and bias, which the papers leave out, the least squares (10) is
+    This is BM (24) and (26), with the usual :math:`\gamma`, :math:`\beta` and
+    :math:`\epsilon`. As there, the change of one input leaves mean and variance as they
+    are. So unlike BP's, BM (25), what it hands back is not centred. The papers have
+    neither scale nor bias; for them the least squares of BM (10) is
 
     .. math::
       \delta' \gamma = \frac{\mathbb{E} \sum_u \hat a \, \delta b}
       {\mathbb{E} \sum_u \hat a^2}, \qquad
       \delta' \beta = \frac{\mathbb{E} \sum_u \delta b}{\text{positions}}
 
-    for each by itself, and with the batch's own mean that is the joint solution too.
-    Where :math:`\gamma` or :math:`\hat a` is all zero, so is the solution.
+    for each by itself. With the batch's own mean that is the joint solution too. Where
+    :math:`\gamma` or :math:`\hat a` is all zero, so is the solution.
 
     Args:
-      x: shape=(batch, *positions, features), of real floating dtype.
-      scale: :math:`\gamma`, shape=(features,), or None for 1.
-      bias: :math:`\beta`, shape=(features,), or None for 0.
-      mean: shape=(features,), to normalise with in the place of the batch's own; give
-        both or neither.
-      var: shape=(features,).
-      epsilon: what is added to the variance.
+      x: shape `(batch, *positions, features)`, of real floating dtype.
+      scale: :math:`\gamma`, shape `(features,)`, or None for 1.
+      bias: :math:`\beta`, shape `(features,)`, or None for 0.
+      mean: shape `(features,)`, replaces the batch's own; give `var` too.
+      var: shape `(features,)`, replaces the batch's own; give `mean` too.
+      epsilon: what is added to the variance; at least 0. May be traced.
       dtype: of the output; None for the common dtype of `x`, `scale` and `bias`. All is
         computed in float32, or in float64 where `x` is.
       name: how error messages call the layer.
@@ -88,7 +94,8 @@ def batch_norm(
       An array of the shape of `x`.
 
     Raises:
-      ValueError: where shapes do not fit, or a dtype is not real floating.
+      ValueError: where shapes do not fit, an array is empty or not of real floating
+        dtype, or `epsilon` is negative.
 
     Examples:
       >>> import jax
@@ -99,110 +106,59 @@ def batch_norm(
       >>> print(y.round(4).T, pull_back(jnp.ones_like(y))[0].round(4).T)
       [[-1.  1.]] [[3. 3.]]
     """
-    _check_features(name, x)
-    arrays = {"scale": scale, "bias": bias, "mean": mean, "var": var}
-    arrays = {argument: a for argument, a in arrays.items() if a is not None}
-    _check_floating(name, arrays)
-    for argument, array in arrays.items():
-        if array.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name}: expected {argument} of shape {x.shape[-1:]}, but it has "
-                f"shape {array.shape}"
-            )
-    if mean is None and var is None:
-        mean, var = batch_statistics(x)
-    if mean is None or var is None:
+    x = _features(name, x)
+    not_negative(name, "epsilon", epsilon)
+    if (mean is None) != (var is None):
         raise ValueError(f"{name}: give both mean and var, or neither")
-    if dtype is None:
-        affine = [array for array in (scale, bias) if array is not None]
-        dtype = jnp.result_type(x, *affine)
-    config = (float(epsilon), jnp.dtype(dtype))
-    return _normalised(config, x, scale, bias, mean, var)
+    if mean is None or var is None:
+        mean, var = batch_statistics(x)
+    given = {"scale": scale, "bias": bias, "mean": mean, "var": var}
+    gamma, beta, mean, var = (
+        None if array is None else real_array(name, argument, array, x.shape[-1:])
+        for argument, array in given.items()
+    )
+    dtype = real_dtype(name, dtype, x, gamma, beta)
+    std = jnp.sqrt(jnp.asarray(var, wide(x.dtype)) + epsilon)
+    return _normalised(dtype, (x, gamma, beta, mean, std))
 
 
-def relu(x: jax.Array) -> jax.Array:
-    """`jax.nn.relu`: its back-matched value is BP's own, BM (30), (31).
-
-    An activation acts on each unit by itself, with derivative 1 or 0; the least squares
-    (11) then gives what passes back, or nothing. At 0, where BM (29) takes the
-    derivative 1, it is 0, as everywhere in JAX.
-
-    Args:
-      x: an array of any shape.
-
-    Returns:
-      The larger of `x` and 0.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from backmatch_optax import exact
-      >>> print(exact.relu(jnp.array([-2.0, 3.0])))
-      [0. 3.]
-    """
-    return jax.nn.relu(x)
-
-
-def _check_features(name: str, x: jax.Array) -> None:
-    _check_floating(name, {"x": x})
-    if x.ndim < 2:
+def _features(name: str, x: ArrayOrList) -> jax.Array:
+    array = real_array(name, "x", x)
+    if array.ndim < 2:
         raise ValueError(
             f"{name}: expected x of shape (batch, *positions, features), but it has "
-            f"shape {x.shape}"
+            f"shape {array.shape}"
         )
+    return array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalised(
-    config: tuple[float, Any],
-    x: jax.Array,
-    scale: jax.Array | None,
-    bias: jax.Array | None,
-    mean: jax.Array,
-    var: jax.Array,
-) -> jax.Array:
-    epsilon, dtype = config
-    y = _standardised(x, mean, var, epsilon)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalised(dtype: jnp.dtype, arguments: tuple[Any, ...]) -> jax.Array:
+    x, scale, bias, mean, std = arguments
+    y = (x.astype(std.dtype) - mean) / std  # BM (24)
     y = y if scale is None else y * scale
-    y = y if bias is None else y + bias
-    return y.astype(dtype)
+    return (y if bias is None else y + bias).astype(dtype)
 
 
-def _standardised(
-    x: jax.Array, mean: jax.Array, var: jax.Array, epsilon: float
-) -> jax.Array:
-    x = x.astype(wide(x.dtype))
-    return (x - mean) * lax.rsqrt(var + epsilon)
+def _forward(dtype, arguments):
+    return _normalised(dtype, arguments), arguments
 
 
-def _forward(config, x, scale, bias, mean, var):
-    y = _normalised(config, x, scale, bias, mean, var)
-    return y, (x, scale, bias, mean, var)
-
-
-def _backward(config, residuals, cotangent):
-    x, scale, bias, mean, var = residuals
-    epsilon, _ = config
-    cotangent = cotangent.astype(wide(x.dtype))
-    change = cotangent * jnp.sqrt(var + epsilon)
-    scale_change = bias_change = None
-    axes = tuple(range(x.ndim - 1))
+def _backward(dtype, arguments, cotangent: jax.Array):
+    x, scale, bias, mean, std = arguments
+    cotangent, axes = cotangent.astype(std.dtype), tuple(range(x.ndim - 1))
+    change, scale_change, bias_change = cotangent * std, None, None  # BM (26)
     if scale is not None:
-        change = _divided(change, scale.astype(change.dtype))
-        standardised = _standardised(x, mean, var, epsilon)
+        change = _divided(change, scale.astype(std.dtype))
+        standardised = (x.astype(std.dtype) - mean) / std
         moment = jnp.square(standardised).sum(axes) / x.shape[0]
         gradient = (cotangent * standardised).sum(axes)
         scale_change = _divided(gradient, moment).astype(scale.dtype)
     if bias is not None:
         positions = math.prod(x.shape[1:-1])
         bias_change = (cotangent.sum(axes) / positions).astype(bias.dtype)
-    return (
-        change.astype(x.dtype),
-        scale_change,
-        bias_change,
-        jnp.zeros_like(mean),
-        jnp.zeros_like(var),
-    )
+    statistics = jnp.zeros_like(mean), jnp.zeros_like(std)
+    return ((change.astype(x.dtype), scale_change, bias_change, *statistics),)
 
 
 def _divided(change: jax.Array, divisor: jax.Array) -> jax.Array:

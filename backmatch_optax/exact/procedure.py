@@ -1,4 +1,4 @@
-"""LH's Procedure 1, of which back-propagation is a solution."""
+"""LH's Procedure 1, of which back-propagation is a solution (LH Proposition 1)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from backmatch_optax.exact.arguments import ArrayOrList, real_array
+
 
 def procedure_1(
     blocks: Sequence[Callable[[Any, jax.Array], jax.Array]],
     params: Sequence[Any],
-    x: jax.Array,
+    x: ArrayOrList,
     loss: Callable[[jax.Array], jax.Array],
     *,
     step_size: jax.typing.ArrayLike,
 ) -> list[Any]:
     r"""Back-matching propagation, each problem by one gradient step (LH Procedure 1).
 
-    Alternates, from the last block to the first, between the block's parameters and its
-    input, each to make the block's back-matching loss smaller,
+    From the last block to the first, LH (3) and (4) make the block's back-matching
+    loss, LH (5), smaller:
 
     .. math::
       \ell_b(W, z) = \tfrac12 \big\| z_b^{k + 1/2} - F_b(W, z) \big\|^2, \qquad
       \ell_B(W, z) = \mathrm{loss}\big(F_B(W, z)\big)
 
-    (LH (3) to (5)): a gradient step of `step_size` for the parameters, one of size 1
+    LH (3) is a gradient step of `step_size` for the parameters, LH (4) one of size 1
     for the input, which becomes the target :math:`z_{b-1}^{k+1/2}` of the block below.
     The result is that of a gradient step of `step_size` on the whole network (LH
     Proposition 1), up to rounding.
@@ -44,7 +46,7 @@ def procedure_1(
 
     Raises:
       ValueError: where there are not as many `params` as `blocks`, there is no block,
-        or `x` or what a block returns is no array of real floating dtype.
+        or `x` or what a block returns is empty or no array of real floating dtype.
 
     Examples:
       >>> import jax
@@ -63,11 +65,16 @@ def procedure_1(
             "procedure_1: expected one tree of params for each block and at least one "
             f"block, but there are {len(blocks)} blocks and {len(params)} params"
         )
-    signals = [x]
+    signals = [real_array("procedure_1", "x", x)]
     for index, (block, weights) in enumerate(zip(blocks, params, strict=True)):
-        _check_signal(f"the input of blocks[{index}]", signals[-1])
-        signals.append(block(weights, signals[-1]))
-    _check_signal(f"the output of blocks[{len(blocks) - 1}]", signals[-1])
+        output = block(weights, signals[-1])
+        what = f"the output of blocks[{index}]"
+        if isinstance(output, (list, tuple)):  # arrays that would become one
+            raise ValueError(
+                f"procedure_1: {what} must be an array, but it is a "
+                f"{type(output).__name__}"
+            )
+        signals.append(real_array("procedure_1", what, output))
 
     new_params: list[Any] = []
     target: jax.Array | None = None
@@ -87,15 +94,3 @@ def procedure_1(
         )
         target = signal - slope
     return new_params[::-1]
-
-
-def _check_signal(what: str, signal: Any) -> None:
-    if not isinstance(signal, jax.Array):
-        raise ValueError(
-            f"procedure_1: {what} must be an array, but it is a {type(signal).__name__}"
-        )
-    if not jnp.issubdtype(signal.dtype, jnp.floating):
-        raise ValueError(
-            f"procedure_1: {what} must be of real floating dtype, but it is of "
-            f"{signal.dtype}"
-        )
