@@ -1,6 +1,6 @@
 """What spectra of local Hessians cost, in time and memory, beside a gradient.
 
-    python -m examples.local_hessian_cost
+    python -m examples.studies.local_hessian_cost
 
 For residual blocks of growing size: the gradient of the block's back-matching loss with
 respect to its input, the means of the diagonals, a spectral density and a condition
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import local_hessian
-from backmatch_optax.local_hessian import _estimates
+from backmatch_optax.local_hessian import estimates
 from examples import models
 
 MATVECS = 16  # products of a spectrum or of a condition number
@@ -72,7 +72,7 @@ def costs(features: int, batch: int, rounds: int) -> dict[str, Cost]:
         "product": (partial(product, hessian, z), product.lower(hessian, z)),
         f"mean diagonal, {PROBES} products": (
             partial(local_hessian.mean_diagonal, hessian, key=key, num_probes=PROBES),
-            _estimates._trace.lower(hessian, key),
+            estimates._trace.lower(hessian, key),
         ),
         f"spectrum, {MATVECS} products": (
             partial(
@@ -82,11 +82,11 @@ def costs(features: int, batch: int, rounds: int) -> dict[str, Cost]:
                 num_matvecs=MATVECS,
                 num_probes=1,
             ),
-            _estimates._lanczos.lower(hessian, jax.random.split(key, 1), MATVECS),
+            estimates._lanczos.lower(hessian, jax.random.split(key, 1), MATVECS),
         ),
         f"condition number, {MATVECS} products": (
             partial(local_hessian.condition, hessian, key=key, num_matvecs=MATVECS),
-            _estimates._bidiagonal.lower(hessian, key, MATVECS),
+            estimates._bidiagonal.lower(hessian, key, MATVECS),
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -106,7 +106,7 @@ def costs(features: int, batch: int, rounds: int) -> dict[str, Cost]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table as Markdown."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.local_hessian_cost",
+        prog="python -m examples.studies.local_hessian_cost",
         description="What spectra of local Hessians cost beside a gradient.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
