@@ -19,7 +19,7 @@ import backmatch_optax as bmo
 from backmatch_optax import local_hessian as lh
 from backmatch_optax import spec
 from backmatch_optax.local_hessian import estimates
-from examples import local_hessian_cost
+from examples.studies import local_hessian_cost
 
 KEY = jax.random.key(0)
 

@@ -6,7 +6,7 @@ validation set; Adam after the scale. Every row is one change of the first; SGD 
 backmatch each have a learning rate per row, judged on the validation set, and then meet
 on the test images.
 
-    python -m examples.lecture_notes
+    python -m examples.studies.lecture_notes
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def pixels_of(images: np.ndarray, dataset: data.Dataset) -> jax.Array:
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]]:
     """Prints a row for each lesson; returns test accuracies by lesson and method."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.lecture_notes",
+        prog="python -m examples.studies.lecture_notes",
         description="An MLP on the digits: initial weights, momentum schedule, batch "
         "size, dropout, early stopping and Adam, under SGD and backmatch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from examples import data, methods, models
-from examples.cifar import __main__ as cli
-from examples.cifar import cpu, records, report, trainer
-from examples.cifar.experiments import (
+from examples.studies.cifar import __main__ as cli
+from examples.studies.cifar import cpu, records, report, trainer
+from examples.studies.cifar.experiments import (
     EXPERIMENTS,
     LEARNING_RATES,
     WEIGHT_DECAYS,
@@ -157,7 +157,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     whole = one_run(tmp_path / "whole", "backmatch", "--epochs", "15")
     directory = tmp_path / "killed"
     command = [
-        *(sys.executable, "-m", "examples.cifar", *SMALL, *arguments),
+        *(sys.executable, "-m", "examples.studies.cifar", *SMALL, *arguments),
         *("--epochs", "15", "--results", str(directory / "runs.jsonl")),
         *("--checkpoints", str(directory / "checkpoints")),
     ]

@@ -1,6 +1,6 @@
 """What spectra of local Hessians cost, in time and memory, beside a gradient.
 
-    python -m examples.local_hessian_cost
+    python -m examples.studies.local_hessian_cost
 
 For residual blocks of growing size: the gradient of the block's back-matching loss with
 respect to its input, the means of the diagonals, a spectral density and a condition
@@ -106,7 +106,7 @@ def costs(features: int, batch: int, rounds: int) -> dict[str, Cost]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table as Markdown."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.local_hessian_cost",
+        prog="python -m examples.studies.local_hessian_cost",
         description="What spectra of local Hessians cost beside a gradient.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Writes the report of the papers' experiments from the results file.
 
-    python -m examples.cifar.report
+    python -m examples.studies.cifar.report
 
 Tables and figures come from the results file alone, so that every number in them can be
 followed to the run that gave it.
@@ -20,8 +20,8 @@ import matplotlib
 import numpy as np
 
 from examples import methods
-from examples.cifar import records
-from examples.cifar.experiments import Experiment
+from examples.studies.cifar import records
+from examples.studies.cifar.experiments import Experiment
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
@@ -290,7 +290,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes README.md and its figures."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.cifar.report",
+        prog="python -m examples.studies.cifar.report",
         description="Write tables and figures from the results file.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for key, found in by_protocol(records.load(options.results)).items():
         lines += section(key, found, directory)
     lines += [
-        f"Written by `python -m examples.cifar.report` from "
+        f"Written by `python -m examples.studies.cifar.report` from "
         f"[{options.results.name}]({options.results.name}), which keeps every run.",
     ]
     (directory / "README.md").write_text("\n".join(lines) + "\n")

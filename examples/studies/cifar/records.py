@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from examples.cifar.experiments import Experiment
-from examples.cifar.trainer import History, Run
+from examples.studies.cifar.experiments import Experiment
+from examples.studies.cifar.trainer import History, Run
 
 RESULTS = Path(__file__).parents[1] / "results" / "cifar" / "runs.jsonl"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "backmatch-optax", "numpy")

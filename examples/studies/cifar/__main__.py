@@ -1,9 +1,9 @@
 """Runs the papers' experiments: one run, a tuning grid, or a whole table.
 
-    python -m examples.cifar --experiment lenet_fig2 --methods backmatch --seeds 0
-    python -m examples.cifar --experiment lenet_fig2 --tune --time-limit 3500
-    python -m examples.cifar --experiment vgg_tables --model vgg11 vgg13 vgg16 vgg19
-    python -m examples.cifar.report
+    python -m examples.studies.cifar --experiment lenet_fig2 --methods backmatch
+    python -m examples.studies.cifar --experiment lenet_fig2 --tune --time-limit 3500
+    python -m examples.studies.cifar --experiment vgg_tables --model vgg11 vgg13
+    python -m examples.studies.cifar.report
 
 Several models or data sets are the entries of a table, one after the other. Without a
 learning rate, each method takes the one that its tuning runs found best at the same
@@ -27,15 +27,15 @@ import jax
 from tqdm import tqdm
 
 from examples import data, methods, models
-from examples.cifar import records
-from examples.cifar.experiments import (
+from examples.studies.cifar import records
+from examples.studies.cifar.experiments import (
     EXPERIMENTS,
     LEARNING_RATES,
     WEIGHT_DECAYS,
     Experiment,
     learning_rates,
 )
-from examples.cifar.trainer import OutOfTime, Run, train
+from examples.studies.cifar.trainer import OutOfTime, Run, train
 
 TUNING_SEED = 100
 
@@ -43,7 +43,7 @@ TUNING_SEED = 100
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.cifar",
+        prog="python -m examples.studies.cifar",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,8 +4,8 @@ A declared scale follows from shapes and norms; a measured one from the model it
 Prints and plots declared over measured for every kernel, with the papers' gains and
 with mean-field ones, all BatchNorm scales set to 1.
 
-    python -m examples.predicted_scales
-    python -m examples.predicted_scales --dataset cifar10 --data-dir DIRECTORY
+    python -m examples.studies.predicted_scales
+    python -m examples.studies.predicted_scales --dataset cifar10 --data-dir DIRECTORY
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def compare(declared: models.Declared, images: jax.Array) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Prints the comparisons and saves the picture; returns them by network."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.predicted_scales",
+        prog="python -m examples.studies.predicted_scales",
         description="How well declared scales predict measured ones.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from examples import data, transfer
+from examples import data
+from examples.studies import transfer
 
 
 @pytest.fixture(scope="module")

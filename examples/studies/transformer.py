@@ -5,7 +5,7 @@ vector-Jacobian product every so many steps. SGD, Adam and measured backmatch ge
 same number of learning rates, judged on training images held out, and then meet on the
 test images with seeds of their own.
 
-    python -m examples.transformer
+    python -m examples.studies.transformer
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def train(
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Prints the tuning and the comparison; returns test accuracies by method."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.transformer",
+        prog="python -m examples.studies.transformer",
         description="A small transformer on the digits under SGD, Adam and measured "
         "backmatch, each tuned with the same budget.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

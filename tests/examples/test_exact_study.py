@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from examples import exact_study
+from examples.studies import exact_study
 
 
 def test_every_part_prints_its_table_and_draws_its_picture(tmp_path, capsys):

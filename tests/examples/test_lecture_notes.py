@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from examples import data, lecture_notes
-from examples.lecture_notes import LESSONS, Lesson
+from examples import data
+from examples.studies import lecture_notes
+from examples.studies.lecture_notes import LESSONS, Lesson
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ from jax.tree_util import keystr
 from tqdm import tqdm
 
 from examples import data, methods, models
-from examples.cifar import cpu
-from examples.cifar.experiments import Experiment
+from examples.studies.cifar import cpu
+from examples.studies.cifar.experiments import Experiment
 from examples.training import loss_and_gradient, train_logits
 
 State = dict[str, Any]

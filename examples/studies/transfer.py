@@ -6,8 +6,8 @@ steps at every learning rate of a grid by SGD, by backmatch with the papers' sca
 by backmatch with `normalize=True`, which divides the scales by their mean so that SGD's
 rate is theirs.
 
-    python -m examples.transfer
-    python -m examples.transfer --dataset cifar10 --networks mlp lenet
+    python -m examples.studies.transfer
+    python -m examples.studies.transfer --dataset cifar10 --networks mlp lenet
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data, models
-from examples.cifar import cpu
+from examples.studies.cifar import cpu
 from examples.training import loss_and_gradient
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
@@ -260,7 +260,7 @@ def plot(curves: Curves, name: str, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[float]]]:
     """Prints the best rates and saves the curves; returns best rates by network."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.transfer",
+        prog="python -m examples.studies.transfer",
         description="Loss against learning rate for networks of several widths, depths "
         "and initial weights, under SGD and backmatch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

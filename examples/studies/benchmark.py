@@ -1,7 +1,7 @@
 """What the method costs: updates, training steps, compilation, memory, side by side.
 
-    python -m examples.benchmark
-    python -m examples.benchmark --parts depth
+    python -m examples.studies.benchmark
+    python -m examples.studies.benchmark --parts depth
 
 Everything is a ratio to SGD in the same run, the methods taking turns; ratios are
 medians of the ratios within a round, so that a machine whose speed drifts favours
@@ -209,7 +209,7 @@ def inference() -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables as Markdown."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.benchmark",
+        prog="python -m examples.studies.benchmark",
         description="What the method costs beside others.",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

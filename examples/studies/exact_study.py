@@ -1,7 +1,7 @@
 """The exact back-matching rule: how near the scalar comes, its cost, how it trains.
 
-    python -m examples.exact_study
-    python -m examples.exact_study --dataset cifar10 --data-dir DIRECTORY
+    python -m examples.studies.exact_study
+    python -m examples.studies.exact_study --dataset cifar10 --data-dir DIRECTORY
 
 `directions` compares, layer by layer of LeNet, the scalar rule's direction with the
 exact one, from initialisation on while SGD under the scalar rule trains it.
@@ -528,7 +528,7 @@ def subset(dataset: data.Dataset, train: int, test: int, step: int) -> data.Data
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Runs the chosen parts; returns the directions and accuracies."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.exact_study",
+        prog="python -m examples.studies.exact_study",
         description="The exact back-matching rule: directions, cost, training.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,0 +1,1 @@
+"""What the package was measured with: each study prints, draws and keeps results."""

@@ -1,0 +1,42 @@
+"""The small studies, at a size that runs every part of them."""
+
+import jax
+import pytest
+
+from examples import data
+from examples.studies import benchmark, predicted_scales, transformer
+
+
+def test_mean_field_gains_predict_lenets_scales(tmp_path, capsys):
+    output = tmp_path / "ratios.png"
+    arguments = ["--networks", "LeNet", "--images", "64", "--output", str(output)]
+    ratios = predicted_scales.main(arguments)["LeNet"]["mean_field"].ratios
+    assert max(ratios.values()) / min(ratios.values()) < 1.5
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert "mean_field gains: cv1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", transformer.CANDIDATES)
+def test_the_transformer_learns_a_little_in_two_epochs(method):
+    rate = {"sgd": 0.03, "adam": 0.003, "measured backmatch": 0.003}[method]
+    _, accuracy = transformer.train(method, rate, data.load("digits"), 0, epochs=2)
+    assert accuracy > 0.3  # of ten digits
+
+
+def test_the_benchmark_prints_a_row_for_each_method(capsys):
+    parts = ("--parts", "updates", "depth", "--trees", "LeNet", "--depths", "3")
+    benchmark.main([*parts, "--rounds", "2"])
+    printed = capsys.readouterr().out
+    for method in benchmark.METHODS:
+        assert f"| LeNet | {method} |" in printed
+    assert "| 3 | backmatch |" in printed
+
+
+def test_backmatch_takes_no_parameter_sized_memory():
+    params, chain = benchmark.TREES["LeNet"]()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    extra = {
+        method: benchmark.Update(method, params, chain).extra_bytes
+        for method in ("sgd", "backmatch")
+    }
+    assert extra["backmatch"] - extra["sgd"] < size / 100
