@@ -1,6 +1,7 @@
 """Settings of Sphinx: `sphinx-build -W docs docs/_build`."""
 
 import os
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -45,6 +46,7 @@ copybutton_prompt_is_regexp = True
 
 # `layer_scales` in a docstring is a link where it names something, else code.
 default_role = "py:obj"
+toc_object_entries_show_parents = "hide"
 autodoc_default_options = {"member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
@@ -78,6 +80,7 @@ html_theme_options = {
     "use_repository_button": True,
     "use_issues_button": True,
     "show_toc_level": 2,
+    "navbar_persistent": [],  # the side bar has the search
 }
 
 # --- What other files hold -----------------------------------------------------------
@@ -96,3 +99,16 @@ if os.environ.get("READTHEDOCS"):
         "optax": ("https://optax.readthedocs.io/en/latest", None),
         "flax": ("https://flax.readthedocs.io/en/latest", None),
     }
+
+
+def escape(app, what, name, obj, options, lines):
+    """Docstrings are written for `help()`; three of their habits trip Sphinx."""
+    if what == "property":  # what stands before a colon would be its type
+        lines[0] = lines[0].replace(": ", "\N{RATIO} ")
+    for index, line in enumerate(lines):
+        line = re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line)  # the plural `Array`s
+        lines[index] = re.sub(r"(?<![*`\w])\*(?=\w)", r"\\*", line)  # (batch, *window)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape, priority=400)
