@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -263,7 +262,7 @@ def backmatch_sgd(
     momentum: float | None = 0.9,
     nesterov: bool = True,
     weight_decay: float | jax.Array = 0.0,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    weight_decay_mask: Any = None,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
     normalize: bool = False,

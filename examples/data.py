@@ -101,7 +101,13 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
 
 def _decode(name: str, data_dir: str | None, cache: Path) -> None:
     # Imported here: it takes seconds, and only the first reading needs it.
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise SystemExit(
+            f"{name} is read by tensorflow-datasets, which is not installed. From the "
+            "checkout:\n    pip install -e '.[cifar]'"
+        ) from None
 
     builder: Any = tfds.builder(name, data_dir=data_dir)
     if not builder.is_prepared():

@@ -14,10 +14,14 @@ os.environ["NPROC"] = "32"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# The same examples at every run, and no failure because a machine was busy.
+# Set by CI for one small part of the tests: everything as a user's XLA compiles it, and
+# examples that no run before has seen. Give `--hypothesis-seed` too, to know the seed.
+FRESH = os.environ.get("TESTS_FRESH") == "1"
+
+# Else the same examples at every run; and no failure because a machine was busy.
 hypothesis.settings.register_profile(
     "tests",
-    derandomize=True,
+    derandomize=not FRESH,
     deadline=None,
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
@@ -32,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     tests compile the same network. Programs that tests start do so too, through the
     environment.
     """
-    settings: dict[str, object] = {"jax_disable_most_optimizations": True}
+    settings: dict[str, object] = {"jax_disable_most_optimizations": not FRESH}
     if config.pluginmanager.has_plugin("cacheprovider"):
         assert config.cache is not None
         settings["jax_compilation_cache_dir"] = str(config.cache.mkdir("jax"))
@@ -49,4 +53,4 @@ def optimized() -> Iterator[None]:
     """For tests of what XLA makes of a program: all that a user's XLA does to it."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", not FRESH)

@@ -6,7 +6,6 @@ import inspect
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -197,8 +196,3 @@ def test_import_loads_nothing_that_is_optional():
 
 def test_type_annotations_ship():
     assert importlib.resources.files(bmo).joinpath("py.typed").is_file()
-
-
-def test_version_is_that_of_pyproject():
-    pyproject = Path(__file__).parents[1] / "pyproject.toml"
-    assert bmo.__version__ == tomllib.loads(pyproject.read_text())["project"]["version"]

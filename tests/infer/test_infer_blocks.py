@@ -436,7 +436,7 @@ def check(function: Callable[..., Any], x: jax.Array) -> spec.LayerChain:
 
 
 def scales(chain: spec.LayerChain, params: Any) -> dict[str, jax.Array]:
-    return bmo.layer_scales(params=params, spec=chain)
+    return bmo.layer_scales(chain, params)
 
 
 class Stacked(nn.Module):
