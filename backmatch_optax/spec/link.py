@@ -221,6 +221,7 @@ def with_paths(links: Iterable[Link]) -> Iterator[Any]:
 
 
 def checked_links(name: str, links: Any) -> tuple[Link, ...]:
+    """The links of a sequence as a tuple, or `ValueError`."""
     if isinstance(links, Link) or not isinstance(links, Iterable):
         raise ValueError(f"{name} must be a sequence of links, but it is {links!r}")
     links = tuple(links)
@@ -234,6 +235,7 @@ def checked_links(name: str, links: Any) -> tuple[Link, ...]:
 
 
 def check_path(path: Any) -> None:
+    """Raises `ValueError` where a path is not names joined by single slashes."""
     if not isinstance(path, str):
         raise ValueError(
             f"path (={path!r}) must be a string such as 'Dense_0' or 'Block_0/Conv_1', "
@@ -247,6 +249,7 @@ def check_path(path: Any) -> None:
 
 
 def check_vector(role: str, param_shapes: Mapping[str, Shape], features: int) -> None:
+    """Raises `ValueError` where a parameter has no entry for each feature."""
     shape = param_shapes.get(role)
     if shape is not None and shape != (features,):
         raise ValueError(f"its {role} has shape {shape}, but expected ({features},)")

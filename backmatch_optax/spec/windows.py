@@ -233,6 +233,7 @@ def transposed_sizes(
 
 
 def checked_shape(name: str, shape: Any) -> Shape:
+    """A shape as a tuple of positive ints, or `ValueError`."""
     try:
         return canonical_window(name, shape)
     except ValueError:
