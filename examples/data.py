@@ -102,7 +102,7 @@ def _tfds(name: str, data_dir: str | None) -> Dataset:
 def _decode(name: str, data_dir: str | None, cache: Path) -> None:
     # Imported here: it takes seconds, and only the first reading needs it.
     try:
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise SystemExit(
             f"{name} is read by tensorflow-datasets, which is not installed. From the "
