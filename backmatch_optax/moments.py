@@ -111,6 +111,24 @@ class Moments:
         """The same with a constant of that mean square added to each unit."""
         return Moments(self.variance, _sum_of_known(self.spread, spread), self.offset)
 
+    def collapsed(self, most: int) -> Moments:
+        """The same, with what all parts have in common as one atom beyond `most`."""
+        parts = (self.variance, self.spread, self.offset)
+        known = [part for part in parts if part is not None]
+        common = {
+            atom: power
+            for atom, power in self.variance.powers.items()
+            if all(part.powers.get(atom) == power for part in known)
+        }
+        unit = Positive(0.0, common)
+        short = unit.collapsed(most)
+        variance, spread, offset = (
+            None if part is None else (part / unit * short).collapsed(most)
+            for part in parts
+        )
+        assert variance is not None
+        return Moments(variance, spread, offset, self.activated)
+
     def without_offset(self) -> Moments:
         """The same with the mean of all units taken away."""
         return Moments(self.variance, self.spread)

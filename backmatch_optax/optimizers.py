@@ -172,8 +172,10 @@ def scale_by_backmatch(
             )
         if is_leafless(params) and is_leafless(updates):
             return updates, state
-        sites = walk(spec, params, gains=gains, unlisted=unlisted)
-        scales = scale_of_params(sites, norm_floor, normalize)
+        sites = walk(
+            spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted
+        )
+        scales = scale_of_params(sites, normalize)
         scaled_updates = jax.tree_util.tree_map_with_path(
             lambda key_path, update: scaled(update, _find(scales, text(key_path))),
             updates,

@@ -15,18 +15,12 @@ but two, whatever the depth.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-# Beyond this many terms a number, sums are traced as one matrix-vector product: a plain
-# chain (no normalisation) has one term for each layer above, which is quadratic.
-_MAX_TERMS_EACH = 8
 
 
 class Atom:
@@ -34,15 +28,26 @@ class Atom:
 
     An exact zero (a zero-initialised kernel) is an infinitesimal of order 1 with
     coefficient 1. Products and quotients of zeros then stay finite, and a sum ignores
-    the terms of higher order, as it should. Only norms are held above a floor.
+    the terms of higher order, as it should. Where a number is divided by, `floored`
+    stands for its log: a norm counts as no less than its floor.
     """
 
-    __slots__ = ("is_norm", "log", "order")
+    __slots__ = ("floor", "floored", "log", "order")
 
-    def __init__(self, log: jax.Array, order: jax.Array, *, is_norm: bool):
+    def __init__(
+        self,
+        log: jax.Array,
+        order: jax.Array,
+        *,
+        floor: jax.Array | None = None,
+        floored: jax.Array | None = None,
+    ):
         self.log = log
         self.order = order
-        self.is_norm = is_norm
+        self.floor = floor  # log of the least that a norm counts as; None for others
+        if floored is None:
+            floored = log if floor is None else _raised(log, order, floor)
+        self.floored = floored
 
 
 class Positive:
@@ -109,12 +114,33 @@ class Positive:
         )
         hidden = jnp.isnan(left_log) | jnp.isnan(right_log)  # a NaN must not be
         log = jnp.where(hidden, jnp.nan, log)
-        total = Atom(
-            log,
-            jnp.minimum(left_order, right_order),
-            is_norm=all(atom.is_norm for atom in (*left.powers, *right.powers)),
-        )
+        floors = [atom.floor for atom in (*left.powers, *right.powers)]
+        floor = None if None in floors else floors[0]  # a sum of norms is one
+        total = Atom(log, jnp.minimum(left_order, right_order), floor=floor)
         return shared * Positive(0.0, {total: 1})
+
+    def collapsed(self, most: int) -> Positive:
+        """The number with its powers made one atom where they are more than `most`.
+
+        What is inside cannot cancel any more. A running product stays short so, and a
+        chain of any depth takes linear time.
+        """
+        if len(self.powers) <= most:
+            return self
+        product = Positive(0.0, self.powers)
+        log, order = _log_order(product)
+        floored = jnp.asarray(product.log(floored_where=1))
+        return Positive(self.log_constant, {Atom(log, order, floored=floored): 1})
+
+    def log(self, floored_where: int = 0) -> jax.Array | float:
+        """Its log; norms with powers of that sign count as no less than their floor."""
+        return sum(
+            (
+                power * (atom.floored if power * floored_where > 0 else atom.log)
+                for atom, power in self.powers.items()
+            ),
+            self.log_constant,
+        )
 
 
 def number(value: float) -> Positive:
@@ -122,13 +148,22 @@ def number(value: float) -> Positive:
     return Positive(math.log(value))
 
 
-def measured(value: jax.Array, *, is_norm: bool = False) -> Positive:
-    """A non-negative scalar array of float32 or wider; of a parameter the squared norm.
+def measured(
+    value: jax.Array, *, floor: jax.typing.ArrayLike | None = None
+) -> Positive:
+    """A non-negative scalar array of float32 or wider.
 
-    Zero counts as an infinitesimal whose coefficient is one; what has overflowed counts
-    as the largest finite number; NaN stays NaN, and a negative number becomes one.
+    Zero counts as an infinitesimal whose coefficient is one. What has overflowed counts
+    as the largest finite number, NaN stays NaN, and a negative number becomes one.
+
+    Args:
+      value: of a parameter, its squared norm.
+      floor: the least that it counts as where it is divided by; None for none.
     """
-    return Positive(0.0, {Atom(*_log_and_order(value), is_norm=is_norm): 1})
+    log, order = _log_and_order(value)
+    if floor is not None:
+        floor = jnp.log(jnp.asarray(floor, log.dtype))  # -inf where there is none
+    return Positive(0.0, {Atom(log, order, floor=floor): 1})
 
 
 # Called for every layer, so compiled: its operations are traced once, not each time.
@@ -141,28 +176,30 @@ def _log_and_order(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.log(finite), is_zero.astype(value.dtype)
 
 
+@jax.jit  # as above
+def _raised(log: jax.Array, order: jax.Array, floor: jax.Array) -> jax.Array:
+    zero = jnp.where(floor > -jnp.inf, floor, 0)
+    return jnp.where(order > 0, zero, jnp.maximum(log, floor))
+
+
 def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:
-    log = sum((p * atom.log for atom, p in value.powers.items()), value.log_constant)
     order = sum((p * atom.order for atom, p in value.powers.items()), 0.0)
-    return jnp.asarray(log), jnp.asarray(order)
+    return jnp.asarray(value.log()), jnp.asarray(order)
 
 
 def evaluate(
-    values: Sequence[Positive],
-    dtype: jnp.dtype,
-    *,
-    floor: jax.typing.ArrayLike | None = None,
+    values: Sequence[Positive], dtype: jnp.dtype, *, floored: bool = False
 ) -> list[jax.Array]:
     """The numbers as finite scalars of `dtype`, within its normal range.
 
-    Of an infinitesimal or its reciprocal the coefficient is returned (see `Atom`). A
-    norm below `floor` counts as `floor` where it is divided by.
+    Of an infinitesimal or its reciprocal the coefficient is returned (see `Atom`).
+
+    Args:
+      values: the numbers.
+      dtype: float32 or float64.
+      floored: whether norms that are divided by count as no less than their floor.
     """
-    if sum(len(value.powers) for value in values) <= _MAX_TERMS_EACH * len(values):
-        raised = functools.cache(lambda atom: _raised(atom, floor).astype(dtype))
-        logs = [_floored_log(value, dtype, raised) for value in values]
-    else:
-        logs = _logs_as_matrix_product(values, dtype, floor)
+    logs = (value.log(floored_where=-1 if floored else 0) for value in values)
     return [_finite_exp(jnp.asarray(log, dtype)) for log in logs]
 
 
@@ -184,19 +221,6 @@ def stacked(scalars: Sequence[jax.Array]) -> jax.Array:
     return barrier(jnp.stack([barrier(scalar) for scalar in scalars]))
 
 
-def _unstacked(vector: jax.Array) -> list[jax.Array]:
-    """The entries of a vector as scalars.
-
-    In two steps: XLA takes six times as long to compile a thousand slices of one array.
-    """
-    parts = jnp.split(vector, np.arange(32, vector.size, 32))
-    return [
-        jnp.squeeze(entry, 0)
-        for part in jax.lax.optimization_barrier(parts)
-        for entry in jnp.split(part, part.size)
-    ]
-
-
 def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
     """The numbers as scalars of `dtype`, where an infinitesimal is zero."""
     coefficients = evaluate(values, dtype)
@@ -205,47 +229,3 @@ def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
         jnp.where(order > 0, 0, coefficient).astype(dtype)
         for order, coefficient in zip(orders, coefficients, strict=True)
     ]
-
-
-def _raised(atom: Atom, floor: jax.typing.ArrayLike | None) -> jax.Array:
-    """The log of an atom, of a norm no less than that of the floor."""
-    if floor is None or not atom.is_norm:
-        return atom.log
-    lowest = jnp.log(jnp.asarray(floor, atom.log.dtype))  # -inf where there is none
-    zero = jnp.where(lowest > -jnp.inf, lowest, 0)
-    return jnp.where(atom.order > 0, zero, jnp.maximum(atom.log, lowest))
-
-
-def _floored_log(
-    value: Positive, dtype: jnp.dtype, raised: Callable[[Atom], jax.Array]
-) -> jax.Array | float:
-    terms = (
-        power * (atom.log.astype(dtype) if power > 0 else raised(atom))
-        for atom, power in value.powers.items()
-    )
-    return sum(terms, value.log_constant)
-
-
-def _logs_as_matrix_product(
-    values: Sequence[Positive],
-    dtype: jnp.dtype,
-    floor: jax.typing.ArrayLike | None,
-) -> list[jax.Array]:
-    """All logs as `powers @ atom_logs + constants`, for numbers of many terms."""
-    column: dict[tuple[Atom, bool], int] = {}
-    for value in values:
-        for atom, power in value.powers.items():
-            column.setdefault((atom, power > 0), len(column))
-    powers = np.zeros((len(values), len(column)), dtype)
-    for row, value in enumerate(values):
-        for atom, power in value.powers.items():
-            powers[row, column[atom, power > 0]] = power
-    constants = np.asarray([value.log_constant for value in values], dtype)
-    atoms = stacked(
-        [
-            (atom.log if positive else _raised(atom, floor)).astype(dtype)
-            for atom, positive in column
-        ]
-    )
-    logs = jnp.dot(powers, atoms, precision=jax.lax.Precision.HIGHEST) + constants
-    return _unstacked(logs)

@@ -1,4 +1,42 @@
-"""The whole theory: one walk up, one walk down (LH Algorithm 2, BM Algorithm 1)."""
+r"""The theory: one walk up, one walk down, one number for each layer.
+
+BM is Zhang, Chen and Liu, "Train Feedforward Neural Network with Layer-wise Adaptive
+Rate via Approximating Back-matching Propagation", arXiv 1802.09750. LH is theirs, "On
+the Local Hessian in Back-propagation", NeurIPS 2018.
+
+**The question.** Back-propagation hands a layer `b = f(W, a)` the gradients `J_W^T db`
+and `J_a^T db`. Back-matching asks which change of the weight, or of the input, makes
+the wanted change `db` of the output. The answer is a least-squares problem for each
+(BM (8), (11)), and its solution divides the gradient by the matrix `J^T J`:
+
+    d'a = (J_a^T J_a)^-1 J_a^T db       BM (12), (14); of BatchNorm BM (26)
+    d'W = (E J_W^T J_W)^-1 J_W^T db     BM (13), (15)
+
+LH calls the two matrices the layer's local Hessians. Both papers then replace a matrix
+by a number, the mean of its diagonal:
+
+    m_z = mean diagonal of J_a^T J_a    BM (34), (35), (36), LH (24)
+    m_W = mean diagonal of J_W^T J_W    BM (32), (33)
+
+**The recursion** (BM (37) and Algorithm 1, LH (22), (23) and Algorithm 2). What arrives
+at a layer was divided by none of the numbers above it. Their product is the backward
+factor `m`, 1 at the output:
+
+    scale(W) = 1 / (m * m_W)            LH (22): what multiplies the gradient of W
+    m       <- m * m_z                  LH (23): handed on to the layer below
+
+**What is conserved.** `m_W` grows with the second moment `q` of a layer's input, so a
+forward walk carries `q`. A Dense layer with `F = ||W||_F^2` multiplies `q` by `F / out`
+on the way up, and `m` by `F / in` on the way down. So the product `n = m * q` changes
+by `out / in`, and `n` times the size of the signal does not change at all. The same
+holds for convolutions, max-pooling, activations and normalisations. With one constant
+`N = n * size` for a whole chain,
+
+    scale(W) = ||W||_F^2 / N
+
+for every kernel. `backward` therefore carries `n` instead of `m`: its norms cancel
+inside one link, where they can be seen, and not over a thousand layers.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +48,58 @@ from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive
 from backmatch_optax.spec.link import Site
 
+_MOST_POWERS = 4  # of a running product, before it becomes one number
+
 
 def forward(sites: Sequence[Site], moments: Moments) -> Moments:
     """Carries the moments of the signal from the input to the output."""
     for site in sites:
         site.moments = moments
         site.arm_moments = [forward(arm, moments) for arm in site.arms.values()]
-        moments = site.link.moments_after(site)
+        site.moments_out = site.link.moments_after(site)
+        moments = site.moments_out.collapsed(_MOST_POWERS)
     return moments
 
 
-def backward(sites: Sequence[Site], m: Positive) -> Positive:
-    """Carries the backward factor `m` from the output to the input: `m <- m * m_z`.
+def backward(sites: Sequence[Site], n: Positive) -> Positive:
+    """Carries `n = m * q` from the output to the input, where `m <- m * m_z`.
 
     BM (37), LH (23). At each site `m` is then the mean diagonal of `J^T J` of all links
     above it with respect to the site's output.
     """
     for site in reversed(sites):
-        site.m = m
+        site.n = n
         if site.arms:
-            m = functools.reduce(
-                operator.add, (backward(arm, m) for arm in site.arms.values())
-            )
+            n = _through_arms(site)
         else:
-            m = m * site.link.m_z(site)
-    return m
+            n = n * (site.link.m_z(site) * site.q / site.moments_out.q)
+        n = n.collapsed(_MOST_POWERS)
+    return n
+
+
+def _through_arms(site: Site) -> Positive:
+    """Arms side by side: each gets its share of the signal, and what returns adds up.
+
+    The Gauss-Newton part of `(I + J)^T (I + J)`, LH (13).
+    """
+    q = site.moments_out.q
+    arms = [*zip(site.arms.values(), site.arm_moments, strict=True)]
+    tops = [site.n * (moments.q / q) for _, moments in arms]
+    returned = [backward(arm, top) for (arm, _), top in zip(arms, tops, strict=True)]
+    # Where all arms return the same part, that is the part of the whole.
+    parts = [n / top for n, top in zip(returned, tops, strict=True)]
+    adds_up = all(moments.mean_square is None for _, moments in arms)
+    if adds_up and all(not part.powers for part in parts):
+        if len({round(part.log_constant, 9) for part in parts}) == 1:
+            return site.n * parts[0]
+    return functools.reduce(operator.add, returned)
 
 
 def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
     """Marks the sites whose cotangents sum to zero over the batch, for every unit.
 
     A BatchNorm takes the mean away from what passes back as it does forward, and linear
-    links keep it away. To a kernel there, the constant part of its input is nothing.
+    links keep it away. A kernel there gets no gradient from the mean of its input.
     Returns whether those below the sites do; below arms, where all of them do.
     """
     for site in reversed(sites):
@@ -53,4 +111,4 @@ def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
 
 def scale(site: Site, role: str) -> Positive:
     """What multiplies the gradient of a parameter: `1 / (m * m_W)`, LH (22)."""
-    return 1.0 / (site.m * site.link.m_W(site, role))
+    return site.moments_out.q / (site.n * site.link.m_W(site, role))

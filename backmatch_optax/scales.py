@@ -103,12 +103,17 @@ def layer_scales(
       fc1 2.0
       fc2 1.0
     """
-    sites = walk(spec, params, gains=gains, unlisted=unlisted)
-    return dict(layer_scales_of(sites, scale_of_params(sites, norm_floor, normalize)))
+    sites = walk(spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted)
+    return dict(layer_scales_of(sites, scale_of_params(sites, normalize)))
 
 
 def walk(
-    spec: _spec.LayerChain, params: optax.Params, *, gains: Gains, unlisted: Unlisted
+    spec: _spec.LayerChain,
+    params: optax.Params,
+    *,
+    gains: Gains,
+    norm_floor: jax.typing.ArrayLike,
+    unlisted: Unlisted,
 ) -> list[Site]:
     """The chain's sites with moments and `m` filled in by the two passes."""
     check_gains(gains)
@@ -120,13 +125,15 @@ def walk(
                 f"{text(path)!r} is a ShapeDtypeStruct, but scales need concrete "
                 "arrays; check_spec does with shapes"
             )
+    check_norm_floor(norm_floor)
     for site in every(sites):
         site.mean_field = gains == "mean_field"
+        site.norm_floor = norm_floor
     # The input counts as whitened, and the derivative of the loss with respect to the
     # network's output as the wanted change of it (BM 3.2).
     recursion.mark_centred(sites)
-    recursion.forward(sites, Moments(number(1.0)))
-    recursion.backward(sites, number(1.0))
+    output = recursion.forward(sites, Moments(number(1.0)))
+    recursion.backward(sites, output.q)  # m is 1 there
     return sites
 
 
@@ -168,11 +175,8 @@ def _owns_params(site: Site) -> bool:
     return bool(site.params)
 
 
-def scale_of_params(
-    sites: Sequence[Site], norm_floor: jax.typing.ArrayLike, normalize: bool
-) -> dict[str, jax.Array]:
+def scale_of_params(sites: Sequence[Site], normalize: bool) -> dict[str, jax.Array]:
     """The scale of every declared parameter by its path; of a Block by the block's."""
-    check_norm_floor(norm_floor)
     numbers: dict[str, Positive] = {}
     leaves: dict[str, list[Any]] = {}
     for site in filter(_owns_params, every(sites)):
@@ -185,7 +189,7 @@ def scale_of_params(
             numbers[join(link.path, role)] = recursion.scale(site, role)
             leaves[join(link.path, role)] = [leaf]
     dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
-    values = evaluate(list(numbers.values()), dtype, floor=norm_floor)
+    values = evaluate(list(numbers.values()), dtype, floored=True)
     if normalize:
         values = _over_their_mean(
             values, [sum(leaf.size for leaf in below) for below in leaves.values()]

@@ -14,7 +14,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted
 from backmatch_optax.powers import Positive, evaluate
-from backmatch_optax.scales import NORM_FLOOR, check_norm_floor, walk
+from backmatch_optax.scales import NORM_FLOOR, walk
 from backmatch_optax.spec.link import Site
 from backmatch_optax.spec.windows import shape_text
 
@@ -79,23 +79,20 @@ def describe(
             "describe writes numbers and needs concrete arrays; under jit, return "
             "layer_scales(spec, params) instead"
         )
-    check_norm_floor(norm_floor)
-    sites = walk(spec, params, gains=gains, unlisted=unlisted)
-    rows = [_HEADER, *_rows(sites, norm_floor, depth=0)]
+    sites = walk(spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted)
+    rows = [_HEADER, *_rows(sites, depth=0)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def _rows(
-    sites: Sequence[Site], norm_floor: float, depth: int
-) -> Iterator[tuple[str, ...]]:
+def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
     indent = "  " * depth
     for site in sites:
         link = site.link
         scale = kernel = ""
         if site.params:
             role = next(iter(site.params))
-            scale = _figure(recursion.scale(site, role), norm_floor)
+            scale = _figure(recursion.scale(site, role), floored=True)
             if link.owns_subtree:
                 kernel = f"{len(jax.tree.leaves(site.params))} arrays"
             else:
@@ -112,9 +109,9 @@ def _rows(
         )
         for arm, chain in site.arms.items():
             yield (f"{indent}  {arm}:", *[""] * (len(_HEADER) - 1))
-            yield from _rows(chain, norm_floor, depth + 2)
+            yield from _rows(chain, depth + 2)
 
 
-def _figure(value: Positive, floor: float | None = None) -> str:
-    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32), floor=floor)
+def _figure(value: Positive, *, floored: bool = False) -> str:
+    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32), floored=floored)
     return f"{float(evaluated):.4g}"

@@ -22,8 +22,8 @@ class Site:
     """A link between its input and its output, with the parameters it owns.
 
     Shapes carry no batch dimension; the last axis holds the features, all others are
-    positions. The recursion's two passes write `moments`, of the incoming signal, and
-    `m`, the backward factor at the output.
+    positions. The recursion's two passes write `moments` of the incoming
+    signal, `moments_out` of the outgoing one, and `n = m * q` at the output.
     """
 
     link: Link
@@ -33,16 +33,25 @@ class Site:
     params: Mapping[str, Any]  # by role, "kernel"; a Block's are nested dicts
     arms: Mapping[str, list[Site]]  # of a link that holds chains itself
     mean_field: bool = False  # exact Gaussian gains instead of the papers'
+    norm_floor: jax.typing.ArrayLike = 0.0  # the least a norm counts as below a line
     centred: bool = False  # whether cotangents at the output have mean zero
     moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     arm_moments: Sequence[Moments] = ()  # at the outputs of the arms
-    m: Positive = dataclasses.field(default_factory=lambda: number(1.0))
+    moments_out: Moments = dataclasses.field(
+        default_factory=lambda: Moments(number(1.0))
+    )
+    n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
     _row_norms: dict[str, Positive] = dataclasses.field(default_factory=dict)
 
     @property
     def q(self) -> Positive:
         """The second moment of the incoming signal."""
         return self.moments.q
+
+    @property
+    def m(self) -> Positive:
+        """The backward factor at the output."""
+        return self.n / self.moments_out.q
 
     @property
     def fan_in(self) -> int:
@@ -83,7 +92,7 @@ class Site:
         """
         if role not in self._row_norms:
             mean = _mean_over_last(self.params[role])
-            self._row_norms[role] = measured(mean, is_norm=True)
+            self._row_norms[role] = measured(mean, floor=self.norm_floor)
         return self._row_norms[role]
 
 
