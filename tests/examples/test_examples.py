@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +74,25 @@ def test_bad_arguments_are_explained(arguments, message, capsys, tmp_path):
     assert message in capsys.readouterr().err + str(error.value)
 
 
-def test_an_absent_data_set_says_how_to_get_it(tmp_path, monkeypatch):
+def test_a_data_set_that_tfds_does_not_have_says_how_to_get_it(tmp_path, monkeypatch):
+    class Builder:  # as tensorflow-datasets has it where nothing was downloaded
+        data_dir = tmp_path
+
+        def is_prepared(self):
+            return False
+
+    tfds = types.ModuleType("tensorflow_datasets")
+    monkeypatch.setattr(tfds, "builder", lambda *_, **__: Builder(), raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit, match="download_and_prepare"):
+        data.load("cifar10", str(tmp_path))
+
+
+def test_a_data_set_without_tfds_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"pip install -e '\.\[cifar\]'"):
         data.load("cifar10", str(tmp_path))
 
 
