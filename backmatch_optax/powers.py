@@ -32,22 +32,28 @@ class Atom:
     stands for its log: a norm counts as no less than its floor.
     """
 
-    __slots__ = ("floor", "floored", "log", "order")
-
     def __init__(
         self,
         log: jax.Array,
         order: jax.Array,
         *,
-        floor: jax.Array | None = None,
+        floor: jax.typing.ArrayLike | None = None,
         floored: jax.Array | None = None,
     ):
         self.log = log
         self.order = order
-        self.floor = floor  # log of the least that a norm counts as; None for others
-        if floored is None:
-            floored = log if floor is None else _raised(log, order, floor)
-        self.floored = floored
+        self.floor = floor  # the least that a norm counts as; None for what is no norm
+        self._floored = floored
+
+    @property
+    def floored(self) -> jax.Array:
+        """The log where it is divided by; traced once, and only where it is used."""
+        if self._floored is None:
+            unfloored = self.floor is None
+            self._floored = (
+                self.log if unfloored else _raised(self.log, self.order, self.floor)
+            )
+        return self._floored
 
 
 class Positive:
@@ -160,10 +166,7 @@ def measured(
       value: of a parameter, its squared norm.
       floor: the least that it counts as where it is divided by; None for none.
     """
-    log, order = _log_and_order(value)
-    if floor is not None:
-        floor = jnp.log(jnp.asarray(floor, log.dtype))  # -inf where there is none
-    return Positive(0.0, {Atom(log, order, floor=floor): 1})
+    return Positive(0.0, {Atom(*_log_and_order(value), floor=floor): 1})
 
 
 # Called for every layer, so compiled: its operations are traced once, not each time.
@@ -177,9 +180,10 @@ def _log_and_order(value: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.jit  # as above
-def _raised(log: jax.Array, order: jax.Array, floor: jax.Array) -> jax.Array:
-    zero = jnp.where(floor > -jnp.inf, floor, 0)
-    return jnp.where(order > 0, zero, jnp.maximum(log, floor))
+def _raised(log: jax.Array, order: jax.Array, floor: jax.typing.ArrayLike) -> jax.Array:
+    lowest = jnp.log(jnp.asarray(floor, log.dtype))  # -inf where there is none
+    zero = jnp.where(lowest > -jnp.inf, lowest, 0)
+    return jnp.where(order > 0, zero, jnp.maximum(log, lowest))
 
 
 def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:
