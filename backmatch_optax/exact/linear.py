@@ -307,7 +307,8 @@ def _linear_map(
             numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
             options.update(window_strides=steps, padding=pads, rhs_dilation=dilation)
             options.update(dimension_numbers=numbers)
-        shape = jax.eval_shape(outputs, x, kernel).shape
+        shapes = (jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (x, kernel))
+        shape = jax.eval_shape(outputs, *shapes).shape
         if 0 in shape:
             raise ValueError("the window is larger than its input")
     except (TypeError, ValueError, RuntimeError) as error:

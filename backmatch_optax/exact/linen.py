@@ -19,7 +19,6 @@ chains (`infer_spec`) off the model with Flax's own layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -44,24 +43,33 @@ def _name(layer: nn.Module) -> str:
     return f"exact.linen.{type(layer).__name__} at {'/'.join(layer.path)!r}"
 
 
-def _solved(layer: Any, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    kernel = layer.param("kernel", layer.kernel_init, shape, layer.param_dtype)
-    bias, collection = None, "second_moments"
-    if layer.use_bias:
-        bias = layer.param("bias", layer.bias_init, shape[-1:], layer.param_dtype)
-    if layer.decay is None:
-        return solved(layer, _name(layer), x, kernel, bias)[0]
-    size = moment_shape(layer, kernel)
-    total = layer.variable(collection, "total", jnp.zeros, size)
-    weight = layer.variable(collection, "weight", jnp.zeros, ())
-    kept = (total.value, weight.value)
-    y, new = solved(layer, _name(layer), x, kernel, bias, kept)
-    if layer.is_mutable_collection(collection) and not layer.is_initializing():
-        total.value, weight.value = new
-    return y
+class _Solved(_Exact):
+    """What `Dense` and `Conv` share; the class after it is Flax's own."""
+
+    damping: float = 0.0
+    decay: float | None = None
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Acts on the last axes, spatial and features; the first is the batch."""
+        if not self.has_variable("params", "kernel"):
+            flax_layer: Any = super()
+            flax_layer.__call__(inputs)  # makes the parameters, or says what is amiss
+        params = nn.unbox(self.variables["params"])
+        kernel, bias = params["kernel"], params.get("bias")
+        arguments = (self, _name(self), inputs, kernel, bias)
+        if self.decay is None:
+            return solved(*arguments)[0]
+        name, size = "second_moments", moment_shape(self, kernel)
+        total = self.variable(name, "total", jnp.zeros, size)
+        weight = self.variable(name, "weight", jnp.zeros, ())
+        y, new = solved(*arguments, (total.value, weight.value))
+        if self.is_mutable_collection(name) and not self.is_initializing():
+            total.value, weight.value = new
+        return y
 
 
-class Dense(_Exact, nn.Dense):
+class Dense(_Solved, nn.Dense):
     """`flax.linen.Dense` with the backward pass of `exact.dense`.
 
     Maps `(batch, ..., in)` to `(batch, ..., out)`.
@@ -78,31 +86,12 @@ class Dense(_Exact, nn.Dense):
       {'bias': (3,), 'kernel': (4, 3)}
     """
 
-    damping: float = 0.0
-    decay: float | None = None
 
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Acts on the last axis; the first is the batch."""
-        return _solved(self, inputs, (jnp.shape(inputs)[-1], self.features))
-
-
-class Conv(_Exact, nn.Conv):
+class Conv(_Solved, nn.Conv):
     """`flax.linen.Conv` with the backward pass of `exact.conv`.
 
     Maps `(batch, *positions, in)` to `(batch, *positions_out, out)`.
     """
-
-    damping: float = 0.0
-    decay: float | None = None
-
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Acts on the last axes, spatial and features; the first is the batch."""
-        size = self.kernel_size
-        window = tuple(size) if isinstance(size, Sequence) else (size,)
-        fan_in = jnp.shape(inputs)[-1] // self.feature_group_count
-        return _solved(self, inputs, (*window, fan_in, self.features))
 
 
 class BatchNorm(_Exact, nn.BatchNorm):

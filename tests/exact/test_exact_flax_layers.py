@@ -184,18 +184,20 @@ def test_the_average_is_kept_only_where_it_may_be():
     assert new["second_moments"]["weight"] == 0.5
 
 
-def test_a_bfloat16_layer_gives_float32_parameters_float32_directions():
-    layer = exact_linen.Dense(2, dtype=jnp.bfloat16)
-    params = layer.init(jax.random.key(0), X)
-    assert jax.eval_shape(layer.apply, params, X).dtype == jnp.bfloat16
+@pytest.mark.parametrize("kind", ["Dense", "Conv"])
+def test_a_bfloat16_layer_gives_float32_parameters_float32_directions(kind):
+    window, x = ((), X) if kind == "Dense" else (((3, 3),), IMAGES)
+    layer = getattr(exact_linen, kind)(2, *window, dtype=jnp.bfloat16, decay=0.9)
+    for inputs in (x, x.astype(jnp.bfloat16)):
+        variables = jax.eval_shape(layer.init, jax.random.key(0), inputs)
+        assert jax.eval_shape(layer.apply, variables, inputs).dtype == jnp.bfloat16
 
-    def loss(params):
-        return jnp.mean(jnp.asarray(layer.apply(params, X)), dtype=jnp.float32)
+        def loss(variables, inputs=inputs):
+            outputs = jnp.asarray(layer.apply(variables, inputs))
+            return jnp.mean(outputs, dtype=jnp.float32)
 
-    dtypes = {
-        leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(jax.grad(loss), params))
-    }
-    assert dtypes == {jnp.dtype(jnp.float32)}
+        directions = jax.eval_shape(jax.grad(loss), variables)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(directions)} == {"float32"}
 
 
 @pytest.mark.parametrize("layer", ["Linear", "Conv"])
