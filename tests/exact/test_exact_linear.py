@@ -335,7 +335,7 @@ def test_damping_is_a_number_of_at_least_0(layer, damping):
         ),
         (lambda: exact.dense(X, KERNEL.astype(complex)), "kernel must.* complex"),
         (
-            lambda: exact.dense([[1.0], [2.0, 3.0]], KERNEL),
+            lambda: exact.dense([[1.0], [2.0, 3.0]], KERNEL),  # pyright: ignore
             "x must be an array, .* list",
         ),
         (lambda: exact.dense(X, KERNEL, jnp.ones(3)), r"bias of shape \(2,\).*\(3,\)"),
