@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-
-# What the functions take: arrays of any kind, and lists of numbers.
-ArrayOrList = jax.typing.ArrayLike | Sequence[Any]
 
 
 def real_array(

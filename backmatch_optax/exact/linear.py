@@ -25,12 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backmatch_optax.exact.arguments import (
-    ArrayOrList,
-    not_negative,
-    real_array,
-    real_dtype,
-)
+from backmatch_optax.exact.arguments import not_negative, real_array, real_dtype
 from backmatch_optax.numerics import checked_count, wide
 
 # As in Flax: an int stands for all spatial dimensions.
@@ -42,12 +37,12 @@ _HIGHEST = lax.Precision.HIGHEST
 
 
 def dense(
-    x: ArrayOrList,
-    kernel: ArrayOrList,
-    bias: ArrayOrList | None = None,
+    x: jax.typing.ArrayLike,
+    kernel: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = None,
     *,
     damping: jax.typing.ArrayLike = 0.0,
-    second_moment: ArrayOrList | None = None,
+    second_moment: jax.typing.ArrayLike | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     name: str = "exact.dense",
@@ -115,16 +110,16 @@ def dense(
 
 
 def conv(
-    x: ArrayOrList,
-    kernel: ArrayOrList,
-    bias: ArrayOrList | None = None,
+    x: jax.typing.ArrayLike,
+    kernel: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = None,
     *,
     strides: PerDimension | None = 1,
     padding: Padding = "SAME",
     kernel_dilation: PerDimension | None = 1,
     feature_group_count: int = 1,
     damping: jax.typing.ArrayLike = 0.0,
-    second_moment: ArrayOrList | None = None,
+    second_moment: jax.typing.ArrayLike | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     name: str = "exact.conv",
@@ -187,9 +182,9 @@ def conv(
 
 
 def second_moment(
-    x: ArrayOrList,
-    kernel: ArrayOrList,
-    bias: ArrayOrList | None = None,
+    x: jax.typing.ArrayLike,
+    kernel: jax.typing.ArrayLike,
+    bias: jax.typing.ArrayLike | None = None,
     **geometry: Any,
 ) -> jax.Array:
     r"""The matrix that `dense` and `conv` solve with: :math:`\mathbb{E}\, a a^T`.

@@ -10,16 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from backmatch_optax.exact.arguments import (
-    ArrayOrList,
-    not_negative,
-    real_array,
-    real_dtype,
-)
+from backmatch_optax.exact.arguments import not_negative, real_array, real_dtype
 from backmatch_optax.numerics import wide
 
 
-def batch_statistics(x: ArrayOrList) -> tuple[jax.Array, jax.Array]:
+def batch_statistics(x: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of every feature, over all axes but the last.
 
     Args:
@@ -48,12 +43,12 @@ def batch_statistics(x: ArrayOrList) -> tuple[jax.Array, jax.Array]:
 
 
 def batch_norm(
-    x: ArrayOrList,
-    scale: ArrayOrList | None = None,
-    bias: ArrayOrList | None = None,
+    x: jax.typing.ArrayLike,
+    scale: jax.typing.ArrayLike | None = None,
+    bias: jax.typing.ArrayLike | None = None,
     *,
-    mean: ArrayOrList | None = None,
-    var: ArrayOrList | None = None,
+    mean: jax.typing.ArrayLike | None = None,
+    var: jax.typing.ArrayLike | None = None,
     epsilon: jax.typing.ArrayLike = 1e-5,
     dtype: jax.typing.DTypeLike | None = None,
     name: str = "exact.batch_norm",
@@ -122,7 +117,7 @@ def batch_norm(
     return _normalised(dtype, (x, gamma, beta, mean, std))
 
 
-def _features(name: str, x: ArrayOrList) -> jax.Array:
+def _features(name: str, x: jax.typing.ArrayLike) -> jax.Array:
     array = real_array(name, "x", x)
     if array.ndim < 2:
         raise ValueError(

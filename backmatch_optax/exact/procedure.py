@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from backmatch_optax.exact.arguments import ArrayOrList, real_array
+from backmatch_optax.exact.arguments import real_array
 
 
 def procedure_1(
     blocks: Sequence[Callable[[Any, jax.Array], jax.Array]],
     params: Sequence[Any],
-    x: ArrayOrList,
+    x: jax.typing.ArrayLike,
     loss: Callable[[jax.Array], jax.Array],
     *,
     step_size: jax.typing.ArrayLike,

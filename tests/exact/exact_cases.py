@@ -106,6 +106,11 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+def as_list(array) -> Any:
+    """What the types of the functions do not promise to take, but they do."""
+    return np.asarray(array).tolist()
+
+
 def directions(layer, wanted, *arguments):
     """Its cotangents for a wanted change of the output, under a mean over the batch."""
 

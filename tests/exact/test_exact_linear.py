@@ -15,6 +15,7 @@ from exact_cases import (
     WINDOW,
     Case,
     X,
+    as_list,
     directions,
     every_case,
     normal,
@@ -291,7 +292,7 @@ def test_a_singular_system_that_shapes_do_not_show_is_not_silently_solved():
 def test_lists_are_arrays(moment):
     arrays = [jnp.asarray(normal(*shape)) for shape in ((8, 3), (3, 2), (2,))]
     results = []
-    for convert in (lambda a: a, lambda a: a.tolist()):
+    for convert in (jnp.asarray, as_list):
         given = None if moment is None else convert(moment)
         layer = functools.partial(exact.dense, second_moment=given)
         y, pull_back = jax.vjp(layer, *map(convert, arrays))
@@ -302,11 +303,11 @@ def test_lists_are_arrays(moment):
 
 def test_a_convolution_takes_lists():
     np.testing.assert_array_equal(
-        exact.conv(IMAGES.tolist(), WINDOW.tolist(), strides=[2, 1]),
+        exact.conv(as_list(IMAGES), as_list(WINDOW), strides=[2, 1]),
         exact.conv(IMAGES, WINDOW, strides=(2, 1)),
     )
     np.testing.assert_array_equal(
-        exact.second_moment(X.tolist(), KERNEL.tolist()),
+        exact.second_moment(as_list(X), as_list(KERNEL)),
         exact.second_moment(X, KERNEL),
     )
 
@@ -328,14 +329,20 @@ def test_damping_is_a_number_of_at_least_0(layer, damping):
         (lambda: exact.dense(X[:0], KERNEL), r"x of shape \(0, 3\) has no entries"),
         (lambda: exact.dense(X, KERNEL[:, :0]), r"kernel of shape \(3, 0\) has no"),
         (lambda: exact.dense(X.astype(int), KERNEL), "x must be .* but it is of int"),
-        (lambda: exact.dense([[1, 2, 3]], KERNEL), "x must be .* but it is of int"),
+        (
+            lambda: exact.dense(as_list([[1, 2, 3]]), KERNEL),
+            "x must be .* but it is of int",
+        ),
         (lambda: exact.dense(X, KERNEL.astype(complex)), "kernel must.* complex"),
         (
-            lambda: exact.dense([[1.0], [2.0, 3.0]], KERNEL),
+            lambda: exact.dense([[1.0], [2.0, 3.0]], KERNEL),  # pyright: ignore
             "x must be an array, .* list",
         ),
         (lambda: exact.dense(X, KERNEL, jnp.ones(3)), r"bias of shape \(2,\).*\(3,\)"),
-        (lambda: exact.dense(X, KERNEL, [0, 0]), "bias must be .* but it is of int"),
+        (
+            lambda: exact.dense(X, KERNEL, as_list([0, 0])),
+            "bias must be .* but it is of int",
+        ),
         (lambda: exact.dense(X, KERNEL, name="fc1", damping=-1), "^fc1: damping"),
         (lambda: exact.dense(X, KERNEL, dtype=int), "^exact.dense: dtype .*floating"),
         (

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exact_cases import X, directions, normal
+from exact_cases import X, as_list, directions, normal
 
 from backmatch_optax import exact
 
@@ -117,7 +117,10 @@ def test_epsilon_is_a_number_of_at_least_0(epsilon):
         (lambda: exact.batch_norm(X[:0]), r"x of shape \(0, 3\) has no entries"),
         (lambda: exact.batch_norm(X.astype(int)), "x must be .* but it is of int"),
         (lambda: exact.batch_norm(X, jnp.ones(2)), r"scale of shape \(3,\).*\(2,\)"),
-        (lambda: exact.batch_norm(X, [1, 1, 1]), "scale must be .* but it is of int"),
+        (
+            lambda: exact.batch_norm(X, as_list([1, 1, 1])),
+            "scale must be .* but it is of int",
+        ),
         (lambda: exact.batch_norm(X, mean=jnp.ones(3)), "both mean and var"),
         (lambda: exact.batch_norm(X, dtype=int), "dtype .* must be a real floating"),
         (lambda: exact.batch_statistics(X.astype(int)), "real floating dtype"),

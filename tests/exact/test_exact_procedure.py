@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from exact_cases import KERNEL, X, normal
+from exact_cases import KERNEL, X, as_list, normal
 
 from backmatch_optax import exact
 
@@ -56,7 +56,7 @@ def test_procedure_1_is_back_propagation(x64):
 def test_a_list_is_an_input():
     found, expected = (
         exact.procedure_1([lambda w, z: z @ w], [KERNEL], x, jnp.sum, step_size=1)[0]
-        for x in (X.tolist(), X)
+        for x in (as_list(X), X)
     )
     np.testing.assert_array_equal(found, expected)
 
