@@ -63,6 +63,8 @@ autodoc_type_aliases = {
 napoleon_use_ivar = True
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
+    # What Sphinx makes of an alias in a union.
+    ("py:class", r"TypeAliasForwardRef|'jax\.typing\.ArrayLike'"),
     # Other projects' names, which only a build with a network can look up.
     ("py:.*", r"(builtins|collections|flax|jax|matplotlib|numpy|optax|typing)\..*"),
 ]
