@@ -97,7 +97,23 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "zero groups of a norm": (
         lambda: spec.GroupNorm(num_groups=0),
-        r"num_groups \(=0\) must be a positive int",
+        r"num_groups \(=0\) must be an int of at least 1",
+    ),
+    "negative epsilon": (
+        lambda: spec.BatchNorm(epsilon=-1e-5),
+        r"BatchNorm\(epsilon=-1e-05\): epsilon \(=-1e-05\) must be a finite number",
+    ),
+    "infinite epsilon": (
+        lambda: spec.LayerNorm("norm", epsilon=math.inf),
+        r"LayerNorm\('norm', epsilon=inf\).* must be a finite number of at least 0",
+    ),
+    "epsilon that is not a number": (
+        lambda: spec.GroupNorm(epsilon=math.nan),
+        r"epsilon \(=nan\) must be a finite number of at least 0",
+    ),
+    "epsilon as text": (
+        lambda: spec.RMSNorm(epsilon="1e-6"),  # pyright: ignore
+        r"epsilon \(='1e-6'\) must be a finite number of at least 0",
     ),
     "zero groups": (
         lambda: spec.Conv("conv", feature_group_count=0),
@@ -141,19 +157,19 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "path that is no text": (
         lambda: spec.Dense(b"fc1"),  # pyright: ignore
-        r"path \(=b'fc1'\) must be a string such as 'Dense_0'.*bytes",
+        r"path \(=b'fc1'\) must be a string of names .*such as 'Dense_0'",
     ),
     "path that is None": (
         lambda: spec.Dense(None),  # pyright: ignore
-        r"path \(=None\) must be a string such as 'Dense_0'",
+        r"path \(=None\) must be a string of names .*such as 'Dense_0'",
     ),
     "path that ends in a slash": (
         lambda: spec.Dense("fc1/"),
-        r"path \(='fc1/'\) must be names joined by single slashes",
+        r"path \(='fc1/'\) must be a string of names joined by single slashes",
     ),
     "path of batch norm with two slashes": (
         lambda: spec.BatchNorm("a//b"),
-        r"path \(='a//b'\) must be names joined by single slashes",
+        r"path \(='a//b'\) must be a string of names joined by single slashes",
     ),
     "unknown activation": (
         lambda: spec.Activation("rellu"),

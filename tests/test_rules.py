@@ -4,6 +4,7 @@ A rule states the mean diagonal of `J^T J`, for one example and summed over ever
 the layer puts out, with respect to a parameter (`m_W`) or to the input (`m_z`).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -47,7 +48,7 @@ def curvatures(
     tree: Any = {"below": {"kernel": jnp.ones(1)}}
     if params:
         tree["layer"] = params
-    transformation = bmo.scale_by_backmatch(chain, gains=gains)
+    transformation = bmo.scale_by_backmatch(chain, gains=gains, norm_floor=0.0)
     updates: Any = transformation.update(
         jax.tree.map(jnp.ones_like, tree), transformation.init(tree), tree
     )[0]
@@ -446,13 +447,117 @@ def test_small_groups_take_the_means_of_units_away_as_a_batch_norm_does():
         return float(bmo.layer_scales(chain, params, gains="mean_field")["a"])
 
     # A group of one unit leaves no mean, one of g units all but a g-th of its square.
-    batch, whole = scale(spec.BatchNorm()), scale(spec.LayerNorm())
-    groups = {n: scale(spec.GroupNorm(num_groups=n)) for n in (8, 4, 2, 1)}
+    batch, whole = (scale(n(epsilon=0)) for n in (spec.BatchNorm, spec.LayerNorm))
+    groups = {n: scale(spec.GroupNorm(num_groups=n, epsilon=0)) for n in (8, 4, 2, 1)}
     np.testing.assert_allclose(groups[8], batch, rtol=1e-6)
     assert batch < whole
     for number, found in groups.items():
         kept = 1 - number / 8
         np.testing.assert_allclose(found - batch, kept * (whole - batch), rtol=1e-5)
+
+
+# Epsilons. They are added to the variance, of which little is left after small kernels.
+
+SMALL = {"far above": 3e-2, "as large": 1e-3, "far below": 1e-6}
+EPSILON = 1e-3
+
+
+def epsilon_case(name: str, moment: float) -> tuple[spec.Link, Any, Any, jax.Array]:
+    """A link with an epsilon, the layer as a function, parameters and an input."""
+    if name == "batch":
+        layer: Any = nn.BatchNorm(use_running_average=True, epsilon=EPSILON)
+        x = distinct(1, 3, 64)
+        stats = {"mean": jnp.zeros(64), "var": jnp.full(64, moment)}
+        params = layer_and_params(layer, x)[1]
+        variables = {"batch_stats": stats}
+        link: spec.Link = spec.BatchNorm("layer", epsilon=EPSILON)
+    else:
+        make, layer = NORMALISATIONS[name]
+        layer = layer.clone(epsilon=EPSILON)
+        x = np.sqrt(moment) * signs(1, 3, 64)
+        params = layer_and_params(layer, x)[1]
+        variables = {}
+        link = make("layer", epsilon=EPSILON)
+    return link, lambda p, x: layer.apply({"params": p, **variables}, x), params, x
+
+
+@pytest.mark.parametrize("moment", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("name", ["batch", *NORMALISATIONS])
+def test_epsilon_counts_with_mean_field_gains(name, moment):
+    link, apply, params, x = epsilon_case(name, moment)
+    rule = curvatures(link, params, x.shape[1:], moment=moment, gains="mean_field")
+    found = measured(apply, params, x)
+    tolerance = 1e-4 if name == "batch" else 0.1  # whose statistics are constant
+    assert rule["input"] == pytest.approx(found["input"], rel=tolerance)
+    if name != "batch":  # where x has another moment than the running one
+        assert rule["scale"] == pytest.approx(found["scale"], rel=tolerance)
+    # What it hands on is what a layer above meets.
+    chain = spec.LayerChain(
+        [
+            spec.Scale(moment**0.5),
+            dataclasses.replace(link, path=None),
+            spec.Dense("above"),
+        ],
+        input_shape=x.shape[1:],
+    )
+    kernel = {"above": {"kernel": jnp.ones((64, 1))}}
+    scales = bmo.layer_scales(chain, kernel, gains="mean_field", norm_floor=0.0)
+    met = 1 / float(scales["above"]) / 3  # positions
+    assert met == pytest.approx(moment / (moment + EPSILON), rel=1e-4)
+
+
+AFFINE = {"scale": jnp.full(4, 2.0), "bias": jnp.ones(4)}
+
+
+@pytest.mark.parametrize("moment", SMALL.values(), ids=SMALL)
+def test_epsilon_does_not_count_in_the_papers(moment):
+    rules = [
+        curvatures(spec.BatchNorm("layer", epsilon=e), AFFINE, (3, 4), moment=moment)
+        for e in (0.0, 1e-3)
+    ]
+    assert rules[0] == rules[1]
+
+
+def rotations(size: float) -> Any:
+    """Kernels that are a rotation times a number: a white signal stays white."""
+    rng = np.random.default_rng(0)
+    turns = [np.linalg.qr(rng.normal(size=(8, 8)))[0] for _ in range(3)]
+    return {name: jnp.asarray(size * q) for name, q in zip("abc", turns, strict=True)}
+
+
+def two_norms(epsilon: float, kernels: Any, gains: Any) -> dict[str, float]:
+    norm = spec.BatchNorm(epsilon=epsilon)
+    links = [spec.Dense("a"), norm, spec.Dense("b"), norm, spec.Dense("c")]
+    chain = spec.LayerChain(links, input_shape=(8,))
+    params = {name: {"kernel": kernel} for name, kernel in kernels.items()}
+    scales = bmo.layer_scales(chain, params, gains=gains, norm_floor=0.0)
+    return {name: float(scale) for name, scale in scales.items()}
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-3])
+def test_where_the_signal_is_ordinary_the_epsilon_changes_next_to_nothing(epsilon):
+    kernels = rotations(1.0)
+    mean_field = two_norms(epsilon, kernels, "mean_field")
+    for path, scale in two_norms(epsilon, kernels, "paper").items():
+        assert mean_field[path] == pytest.approx(scale, rel=2 * epsilon)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.05, 0.01])
+def test_scales_of_a_net_with_epsilons_are_those_of_its_gauss_newton_matrix(size):
+    kernels = rotations(size)
+
+    def net(kernels, x):
+        for name in "ab":
+            x = x @ kernels[name]
+            variance = jax.lax.stop_gradient(jnp.mean(x**2, axis=0))
+            x = x / jnp.sqrt(variance + 1e-3)
+        return x @ kernels["c"]
+
+    x = 8**0.5 * jnp.eye(8)  # whose second moments are one, without a correlation
+    diagonals = measured(net, kernels, x)
+    scales = two_norms(1e-3, kernels, "mean_field")
+    for name, scale in scales.items():
+        assert 1 / scale == pytest.approx(diagonals[name], rel=1e-4)
 
 
 # Residual: the arms are added, and what they share is left out.

@@ -58,7 +58,7 @@ LINKS = [
     spec.LayerNorm("LayerNorm_0"),
     spec.GroupNorm("GroupNorm_0"),
     spec.GroupNorm(num_groups=4),
-    spec.RMSNorm("RMSNorm_0"),
+    spec.RMSNorm("RMSNorm_0", epsilon=0.0),
     spec.Scale(0.5),
     spec.Activation("relu"),
     spec.MaxPool((2, 2)),
@@ -186,6 +186,16 @@ def test_convolutions_have_flaxs_defaults(link, module):
             # Where Flax says None, for its strides and dilation, it means 1.
             expected = parameters[field.name].default or 1
             assert (field.default or 1) == expected, field.name
+
+
+@pytest.mark.parametrize("library", [nn, nnx], ids=["linen", "nnx"])
+@pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm"])
+def test_normalisations_have_flaxs_defaults(name, library):
+    module = getattr(library, name)
+    parameters = inspect.signature(module if library is nn else module.__init__)
+    for field in dataclasses.fields(getattr(spec, name)):
+        if field.name != "path":
+            assert field.default == parameters.parameters[field.name].default
 
 
 @pytest.mark.parametrize(
