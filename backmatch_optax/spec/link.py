@@ -209,7 +209,7 @@ class Link:
 
     def __repr__(self) -> str:
         arguments = []
-        for field in dataclasses.fields(self):
+        for field in sorted(dataclasses.fields(self), key=lambda f: bool(f.kw_only)):
             value = getattr(self, field.name)
             if type(value) is type(field.default) and value == field.default:
                 continue
