@@ -252,8 +252,7 @@ def checked_links(name: str, links: Any) -> tuple[Link, ...]:
     """The links of a sequence as a tuple, or `ValueError`."""
     if isinstance(links, Link) or not isinstance(links, Iterable):
         raise ValueError(f"{name} must be a sequence of links, but it is {links!r}")
-    links = tuple(links)
-    for index, link in enumerate(links):
+    for index, link in enumerate(links := tuple(links)):
         if not isinstance(link, Link):
             raise ValueError(
                 f"{name}[{index}] must be a link such as spec.Dense('Dense_0'), but it "
