@@ -75,7 +75,15 @@ class MaxPool(_Pool):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AvgPool(_Pool):
-    """Average pooling, `flax.linen.avg_pool`; the arguments are those of `MaxPool`.
+    """Average pooling, `flax.linen.avg_pool`.
+
+    Args:
+      window_shape: the window, one int for each spatial dimension.
+      strides: as of `MaxPool`.
+      padding: as of `MaxPool`.
+
+    Raises:
+      ValueError: where an argument is none of these.
 
     Examples:
       >>> from backmatch_optax import spec
