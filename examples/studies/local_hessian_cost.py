@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import local_hessian
-from backmatch_optax.local_hessian import estimates
+from backmatch_optax.local_hessian import estimates, extremes
 from examples import models
 
 MATVECS = 16  # products of a spectrum or of a condition number
@@ -86,7 +86,7 @@ def costs(features: int, batch: int, rounds: int) -> dict[str, Cost]:
         ),
         f"condition number, {MATVECS} products": (
             partial(local_hessian.condition, hessian, key=key, num_matvecs=MATVECS),
-            estimates._bidiagonal.lower(hessian, key, MATVECS),
+            extremes._bidiagonal.lower(hessian, key, MATVECS),
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
