@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import backmatch_optax as bmo
 from examples import data, methods, models, training
+from examples.studies.cifar import cpu
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
@@ -148,6 +149,7 @@ def train(options: argparse.Namespace, dataset: data.Dataset) -> dict[str, dict]
     model, chain = models.MODELS[options.model](
         dataset.num_classes, dataset.input_shape
     )
+    model = cpu.faster(model)
     optimizers = {
         method: methods.optimizer(
             method, options.rates[method], chain, weight_decay=options.weight_decay

@@ -113,22 +113,31 @@ class VGG(nn.Module):
       num_classes: the number of classes.
       width: what every number of features is multiplied by.
       dtype: what it computes in; parameters and logits are float32.
+      conv: what computes a convolution, `jax.lax.conv_general_dilated` or its equal.
+      max_pool: what pools, `flax.linen.max_pool` or its equal.
     """
 
     depth: int
     num_classes: int = 10
     width: float = 1.0
     dtype: DTypeLike = "float32"
+    conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated
+    max_pool: Callable[..., jax.Array] = nn.max_pool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits of a batch of images, shape (batch, classes)."""
         for features in _VGG_LAYERS[self.depth]:
             if isinstance(features, str):
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = self.max_pool(x, (2, 2), strides=(2, 2))
             else:
-                features = int(features * self.width)
-                x = nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
+                x = nn.Conv(
+                    int(features * self.width),
+                    (3, 3),
+                    use_bias=False,
+                    dtype=self.dtype,
+                    conv_general_dilated=self.conv,
+                )(x)
                 x = _normalised_relu(x, train)
         x = x.reshape((x.shape[0], -1))
         x = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype)(x)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data, methods, models, training
+from examples.studies.cifar import cpu
 
 METHODS = ("sgd", "backmatch", "lars", "lamb", "adamw", "muon")
 PARTS = ("updates", "steps", "depth", "inference")
@@ -162,6 +163,7 @@ def steps(rounds: int) -> Iterator[str]:
     for name, batch in (("lenet", 128), ("vgg11", 32)):
         model, chain = models.MODELS[name](10, dataset.input_shape)
         optimizers = {m: optimizer(m, chain) for m in ("sgd", "backmatch", "lars")}
+        model = cpu.faster(model)
         states = training.create_states(model, optimizers, dataset, jax.random.key(0))
         step = training.make_train_step(dataset)
         images, labels = dataset.train_images[:batch], dataset.train_labels[:batch]

@@ -24,6 +24,7 @@ from examples.studies.cifar.experiments import (
     WEIGHT_DECAYS,
     learning_rates,
 )
+from examples.training import loss_and_gradient
 
 # Small enough that a run is mostly its compilation.
 SMALL = ("--experiment", "lenet_fig2", "--dataset", "digits", "--train-images", "256")
@@ -48,23 +49,98 @@ def one_run(tmp_path, method="backmatch", *arguments, rate="0.05"):
     return record
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_convolution_in_blocks_is_the_convolution(channels):
-    x = jax.random.normal(jax.random.key(0), (2, 12, 16, channels))
-    kernel = jax.random.normal(jax.random.key(1), (5, 3, channels, 4))
-    wanted = jax.random.normal(jax.random.key(2), (2, 8, 14, 4))
-    names = ("NHWC", "HWIO", "NHWC")
+NAMES = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "strides", "padding", "way"),
+    [
+        ((12, 16, 1), (5, 3), (1, 1), "VALID", "in_blocks"),
+        ((12, 16, 3), (5, 3), (1, 1), [(0, 0), (0, 0)], "in_blocks"),
+        ((2, 2, 5), (3, 3), (1, 1), "SAME", "as_product"),
+        ((1, 1, 5), (3, 3), (1, 1), "SAME", "as_product"),
+        ((2, 3, 5), (4, 3), (2, 1), [(2, 1), (0, 3)], "as_product"),
+        ((3, 3, 5), (3, 3), (1, 1), "SAME", None),
+        ((13, 16, 3), (5, 3), (1, 1), "VALID", None),
+        ((12, 16, 3), (5, 3), (2, 2), "VALID", None),
+        ((12, 16, 3), (5, 3), (1, 1), "SAME", None),
+    ],
+)
+def test_convolutions_on_cpu_are_the_convolutions(
+    image, kernel, strides, padding, way, monkeypatch
+):
+    x = jax.random.normal(jax.random.key(0), (2, *image))
+    weights = jax.random.normal(jax.random.key(1), (*kernel, image[-1], 4))
 
     def value_and_pullback(conv):
-        y, pull = jax.vjp(
-            lambda x, k: conv(x, k, (1, 1), "VALID", dimension_numbers=names), x, kernel
-        )
-        return y, *pull(wanted)
+        def fn(x, weights):
+            return conv(x, weights, strides, padding, dimension_numbers=NAMES)
 
-    ours = value_and_pullback(cpu.conv_in_blocks)
+        y, pull = jax.vjp(fn, x, weights)
+        return y, *pull(jax.random.normal(jax.random.key(2), y.shape))
+
     xlas = value_and_pullback(jax.lax.conv_general_dilated)
-    for got, expected in zip(ours, xlas, strict=True):
+    taken = []
+    for name in ("in_blocks", "as_product"):
+        ours = getattr(cpu, name)
+        spy = lambda *a, ours=ours, name=name: taken.append(name) or ours(*a)  # noqa: E731
+        monkeypatch.setattr(cpu, name, spy)
+    for got, expected in zip(value_and_pullback(cpu.conv), xlas, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert taken == ([way] if way else [])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rhs_dilation": (2, 1)}, {"lhs_dilation": (1, 2)}, {"feature_group_count": 2}],
+)
+def test_dilations_and_groups_are_left_to_xla(options):
+    x = jax.random.normal(jax.random.key(0), (2, 2, 2, 4))
+    channels = 4 // options.get("feature_group_count", 1)
+    weights = jax.random.normal(jax.random.key(1), (3, 3, channels, 6))
+    arguments = (x, weights, (1, 1), [(2, 2), (1, 1)])
+    options["dimension_numbers"] = NAMES
+    ours = cpu.conv(*arguments, **options)
+    xlas = jax.lax.conv_general_dilated(*arguments, **options)
+    np.testing.assert_array_equal(ours, xlas)
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg11"])
+def test_a_network_on_cpu_has_the_same_loss_and_gradients(name):
+    model, _ = models.MODELS[name](10, (32, 32, 3))
+    if name == "vgg11":
+        model = model.clone(width=1 / 16)
+    faster = cpu.faster(model)
+    assert faster != model
+    images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
+    labels = jnp.arange(8)
+    variables = model.init(jax.random.key(1), images[:1], train=False)
+    args = (variables["params"], variables["batch_stats"], images, labels)
+    (loss, stats), gradient = loss_and_gradient(model.apply, *args)
+    (ours, our_stats), our_gradient = loss_and_gradient(faster.apply, *args)
+    np.testing.assert_allclose(ours, loss, rtol=1e-5)
+    for tree, reference in ((our_gradient, gradient), (our_stats, stats)):
+        for got, leaf in zip(*map(jax.tree.leaves, (tree, reference)), strict=True):
+            np.testing.assert_allclose(got, leaf, rtol=0, atol=1e-4 * abs(leaf).max())
+
+
+def test_no_convolution_of_vgg_swaps_image_and_kernel_on_cpu():
+    # XLA swaps them where the kernel is the larger.
+    model = cpu.faster(models.VGG(11, width=1 / 16))
+    images = jnp.zeros((4, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    shapes = []
+    original = jax.lax.conv_general_dilated
+
+    def watched(lhs, rhs, *args, **options):
+        shapes.append((lhs.shape, rhs.shape))
+        return original(lhs, rhs, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "conv_general_dilated", watched)
+        model.apply(variables, images, train=False)
+    assert len(shapes) == 6
+    assert all(np.prod(x[1:3]) >= np.prod(k[:2]) for x, k in shapes)
 
 
 def test_pooling_on_cpu_is_the_pooling():

@@ -108,8 +108,7 @@ class Program:
             dataset.num_classes, dataset.input_shape
         )
         on_cpu = jax.default_backend() == "cpu"
-        if on_cpu and experiment.model == "lenet":
-            model = model.clone(conv=cpu.conv_in_blocks, max_pool=cpu.max_pool)
+        model = cpu.faster(model)
         if experiment.width != 1:
             model = model.clone(width=experiment.width)
         self._model = model.clone(dtype=experiment.dtype)
