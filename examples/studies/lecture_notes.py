@@ -26,6 +26,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data
+from examples.arguments import whole
 
 INITIALIZERS: dict[str, Callable[[], nn.initializers.Initializer]] = {
     "xavier": nn.initializers.xavier_normal,
@@ -200,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
         "size, dropout, early stopping and Adam, under SGD and backmatch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the data")
+    parser.add_argument(
+        "--epochs", type=whole(1), default=15, help="passes over the data"
+    )
     parser.add_argument(
         "--lessons",
         nargs="+",
