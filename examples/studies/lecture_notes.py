@@ -116,7 +116,7 @@ def optimizer(
     """Weight decay, the scale or none, then Nesterov momentum or Adam."""
     parts = [optax.add_decayed_weights(1e-4)]
     if backmatch:
-        parts.append(bmo.scale_by_backmatch(chain))
+        parts.append(bmo.scale_by_backmatch(chain, normalize=False))
     if lesson.adam:
         return optax.chain(*parts, optax.adam(rate))
     if lesson.momentum is None:
