@@ -45,9 +45,9 @@ def keep_norms(
     with :math:`v` the momentum of the kernel, trains the same function at every step
     (up to the `epsilon` of the normalisation, which a longer kernel makes less of).
     That holds with `optax.add_decayed_weights` after the scale too. Before the scale,
-    the decay of a longer kernel is another one, and keeping norms is another method; so
-    it is with `normalize=True`, whose mean depends on all norms, and with clipping
-    before the scale.
+    the decay of a longer kernel is another one, and keeping norms is another method. So
+    it is with `normalize=True`, the default, whose mean depends on all norms, and with
+    clipping before the scale.
 
     Args:
       inner: the whole optimizer, from decay to learning rate, such as `backmatch_sgd`.
@@ -82,7 +82,7 @@ def keep_norms(
       ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
       ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
       ... }
-      >>> tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, net), net)
+      >>> tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, net, normalize=False), net)
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> params = optax.apply_updates(params, updates)
       >>> for layer, leaves in params.items():

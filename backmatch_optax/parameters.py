@@ -204,6 +204,14 @@ input features, but its input has 64; the input of the chain has shape (64,)
     locate(spec, params, unlisted=unlisted)
 
 
+def check_chain(spec: Any) -> None:
+    """Raises `ValueError` for what is no declared chain."""
+    if not isinstance(spec, _spec.LayerChain):
+        raise ValueError(
+            "spec must be a backmatch_optax.spec.LayerChain, but it is " + kind_of(spec)
+        )
+
+
 def locate(
     spec: _spec.LayerChain, params: optax.Params, *, unlisted: Unlisted = "error"
 ) -> list[Site]:

@@ -143,7 +143,7 @@ def describe(options: argparse.Namespace, dataset: data.Dataset) -> str:
     states = training.create_states(
         model, {"": optax.identity()}, dataset, jax.random.key(options.seed)
     )
-    return bmo.describe(chain, states[""].params)
+    return bmo.describe(chain, states[""].params, normalize=False)
 
 
 def train(options: argparse.Namespace, dataset: data.Dataset) -> dict[str, dict]:

@@ -75,13 +75,15 @@ def optimizer(
             tx = optax.chain(decay, papers, sgd)
             return bmo.keep_norms(tx, chain)
         case "backmatch, normalized":
-            scale = bmo.scale_by_backmatch(chain, normalize=True)
+            scale = bmo.scale_by_backmatch(chain, limit=None, normalize=False)
             return optax.chain(decay, scale, sgd)
         case "backmatch, mean field":
             scale = bmo.scale_by_backmatch(chain, gains="mean_field", normalize=False)
             return optax.chain(decay, scale, sgd)
         case "backmatch, measured":
-            scale = bmo.scale_by_measured_backmatch(key=jax.random.key(0))
+            scale = bmo.scale_by_measured_backmatch(
+                key=jax.random.key(0), normalize=False
+            )
             return optax.chain(decay, scale, sgd)
         case "backmatch, frozen":
             return optax.chain(decay, _at_initial(papers), sgd)

@@ -47,7 +47,7 @@ def curvatures(
     tree: Any = {"below": {"kernel": jnp.ones(1)}}
     if params:
         tree["layer"] = params
-    transformation = bmo.scale_by_backmatch(chain, gains=gains)
+    transformation = bmo.scale_by_backmatch(chain, gains=gains, normalize=False)
     updates: Any = transformation.update(
         jax.tree.map(jnp.ones_like, tree), transformation.init(tree), tree
     )[0]
@@ -267,7 +267,7 @@ def test_a_kernel_hands_on_its_squared_norm_times_the_moment(link, layer, input_
     above = spec.LayerChain([link, spec.Dense("above")], input_shape=input_shape)
     tree = {"layer": params, "above": {"kernel": jnp.ones((output.shape[-1], 1))}}
     positions = output.size // output.shape[-1]
-    scale = float(bmo.layer_scales(above, tree)["above"])
+    scale = float(bmo.layer_scales(above, tree, normalize=False)["above"])
     np.testing.assert_allclose(1 / scale / positions, moment, rtol=RTOL)
 
 
@@ -405,7 +405,9 @@ def test_batch_norm_hands_on_the_second_moment_that_it_really_has(roles):
     link = spec.BatchNorm("norm" if roles else None)
     chain = spec.LayerChain([link, spec.Dense("above")], input_shape=(4,))
     tree = {"norm": params, "above": {"kernel": jnp.ones((4, 1))}}
-    scales = bmo.layer_scales(chain, tree if roles else {"above": tree["above"]})
+    scales = bmo.layer_scales(
+        chain, tree if roles else {"above": tree["above"]}, normalize=False
+    )
     moment = float(jnp.mean(jnp.square(output)))
     np.testing.assert_allclose(1 / float(scales["above"]), moment, rtol=1e-4)
 
@@ -443,7 +445,9 @@ def test_small_groups_take_the_means_of_units_away_as_a_batch_norm_does():
     def scale(norm: spec.Link) -> float:
         links = [spec.Dense("a"), spec.Activation("relu"), spec.Dense("b")]
         chain = spec.LayerChain([*links, norm, spec.Dense("c")], input_shape=(4, 8))
-        return float(bmo.layer_scales(chain, params, gains="mean_field")["a"])
+        return float(
+            bmo.layer_scales(chain, params, gains="mean_field", normalize=False)["a"]
+        )
 
     # A group of one unit leaves no mean, one of g units all but a g-th of its square.
     batch, whole = scale(spec.BatchNorm()), scale(spec.LayerNorm())
@@ -485,7 +489,10 @@ def test_the_arms_of_a_residual_add_on_the_average_over_their_sign(shortcut):
     chain = spec.LayerChain([below, link, above], input_shape=(4,))
     # An identity above hands on a factor of one, and meets what the sum puts out.
     tree |= {"below": {"kernel": jnp.ones(1)}, "above": {"kernel": jnp.eye(4)}}
-    scales = {path: float(s) for path, s in bmo.layer_scales(chain, tree).items()}
+    scales = {
+        path: float(s)
+        for path, s in bmo.layer_scales(chain, tree, normalize=False).items()
+    }
     mean_square = np.mean([np.square(j) for j in jacobians]) * 4
     np.testing.assert_allclose(1 / scales["below"], mean_square, rtol=RTOL)
     np.testing.assert_allclose(1 / scales["above"], mean_square, rtol=RTOL)
@@ -593,7 +600,9 @@ def test_scales_are_the_inverse_mean_diagonal_of_the_gauss_newton_matrix(name):
         params = {n: jax.random.normal(keys[n], shape) for n, shape in shapes.items()}
         x = jax.random.normal(keys["x"], (1, *input_shape))
         jacobian = jax.jacrev(apply)(params, x)
-        scales = bmo.layer_scales(chain, {n: {"kernel": k} for n, k in params.items()})
+        scales = bmo.layer_scales(
+            chain, {n: {"kernel": k} for n, k in params.items()}, normalize=False
+        )
         return {
             n: scales[n] * jnp.sum(jacobian[n] ** 2) / params[n].size for n in params
         }
@@ -611,7 +620,7 @@ def test_dropout_keeps_the_mean_and_adds_variance():
     chain = spec.LayerChain(links, input_shape=(3,))
     params = {name: {"kernel": jnp.eye(3)} for name in "ab"}
     paper, mean_field = (
-        bmo.layer_scales(spec=chain, params=params, gains=gains)
+        bmo.layer_scales(spec=chain, params=params, gains=gains, normalize=False)
         for gains in ("paper", "mean_field")
     )
     assert {path: float(scale) for path, scale in paper.items()} == {"a": 1, "b": 1}

@@ -302,7 +302,7 @@ def compare_directions(problem: Problem, images: int) -> list[dict[str, Any]]:
     @jax.jit
     def directions(params: Any, state: Any) -> Any:
         (_, _), gradient = loss_and_gradient(problem, nn, {})(params, state, x, y)
-        scales = bmo.layer_scales(problem.chain, params)
+        scales = bmo.layer_scales(problem.chain, params, normalize=False)
         scalar = {path: scales[path] * gradient[path]["kernel"] for path in scales}
         exact = {}
         for damping in DAMPINGS:

@@ -119,7 +119,7 @@ def optimizer(
     if method == "sgd":
         return optax.sgd(rate, momentum=0.9, nesterov=True)
     normalize = method == "backmatch, normalized"
-    return bmo.backmatch_sgd(rate, chain, normalize=normalize)
+    return bmo.backmatch_sgd(rate, chain, normalize=normalize, limit=None)
 
 
 def images_for(network: Network, images: np.ndarray, dataset: data.Dataset):

@@ -60,7 +60,9 @@ def optimizer(method: str, rate: float) -> optax.GradientTransformationExtraArgs
     sgd = optax.sgd(rate, momentum=0.9, nesterov=True)
     if method == "sgd":
         return optax.with_extra_args_support(sgd)
-    return optax.chain(bmo.scale_by_measured_backmatch(key=jax.random.key(0)), sgd)
+    return optax.chain(
+        bmo.scale_by_measured_backmatch(key=jax.random.key(0), normalize=False), sgd
+    )
 
 
 def images_of(images: np.ndarray, dataset: data.Dataset) -> np.ndarray:

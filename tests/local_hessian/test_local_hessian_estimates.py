@@ -57,12 +57,12 @@ def test_mean_diagonal_of_the_input_hessian_is_m_z(name):
     params: dict[str, Any] = {"a": {"kernel": below}}
     without = spec.LayerChain([spec.Conv("a", padding="VALID")], input_shape=(8, 8, 2))
     chain = spec.LayerChain([*without.layers, link], input_shape=(8, 8, 2))
-    declared = bmo.layer_scales(without, params, gains=gains)["a"]
+    declared = bmo.layer_scales(without, params, gains=gains, normalize=False)["a"]
     kernel = {} if shape is None else normal(*shape, seed=1, size=0.3)
     if shape is not None:
         params["b"] = {"kernel": kernel}
     # scale = 1 / (m_z m_W): the link's own factor is in the scale of what is below it.
-    m_z = declared / bmo.layer_scales(chain, params, gains=gains)["a"]
+    m_z = declared / bmo.layer_scales(chain, params, gains=gains, normalize=False)["a"]
     z = conv(below, normal(32, 8, 8, 2, seed=2))
     mean = lh.mean_diagonal(lh.input_hessian(block, kernel, z), key=KEY)
     # Layers are exact up to chance; a residual leaves out a cross term, a BatchNorm
@@ -82,7 +82,9 @@ def test_mean_diagonal_of_the_input_hessian_is_m_z(name):
 def test_mean_diagonal_of_the_weight_hessian_is_m_w(link, block, shape, input_shape):
     kernel = normal(*shape)
     chain = spec.LayerChain([link], input_shape=input_shape)
-    scale = bmo.layer_scales(chain, {"a": {"kernel": kernel}})["a"]  # 1 / m_W
+    scale = bmo.layer_scales(chain, {"a": {"kernel": kernel}}, normalize=False)[
+        "a"
+    ]  # 1 / m_W
     z = normal(400, *input_shape, seed=1)
     hessian = lh.weight_hessian(block, kernel, z)
     mean = lh.mean_diagonal(hessian, key=KEY, num_probes=64)
