@@ -135,9 +135,7 @@ def test_measured_scales_normalize_alike():
 
 def test_without_any_curvature_measured_scales_are_one():
     params = {"a": {"kernel": jnp.ones((2, 2))}}
-    tx = bmo.scale_by_measured_backmatch(
-        key=jax.random.key(1), limit=None, normalize=False
-    )
+    tx = bmo.scale_by_measured_backmatch(key=jax.random.key(1), limit=None)
     _, state = tx.update(
         params, tx.init(params), params, outputs_fn=lambda p: jnp.ones((3, 1))
     )
@@ -155,9 +153,7 @@ def test_no_scale_is_further_from_one_than_the_limit(powers, limit):
         for number, power in enumerate(powers)
     }
     free = bmo.layer_scales(chain, params, limit=None)
-    for path, scale in bmo.layer_scales(
-        chain, params, limit=limit, normalize=False
-    ).items():
+    for path, scale in bmo.layer_scales(chain, params, limit=limit).items():
         expected = np.clip(free[path], 1 / limit, limit)
         np.testing.assert_allclose(scale, expected, rtol=1e-6)
 
@@ -166,8 +162,8 @@ def test_by_default_no_parameter_leaves_sgds_rate_by_more_than_twice():
     chain, params = lenet()
     ones = jax.tree.map(jnp.ones_like, params)
     for tx in (
-        bmo.scale_by_backmatch(chain, normalize=False),
-        bmo.scale_by_measured_backmatch(key=jax.random.key(0), normalize=False),
+        bmo.scale_by_backmatch(chain),
+        bmo.scale_by_measured_backmatch(key=jax.random.key(0)),
     ):
         x = jax.random.normal(jax.random.key(1), (8, 32 * 32 * 3))
 
@@ -228,4 +224,4 @@ def test_a_wrong_option_is_refused_at_construction(options, message):
 def test_what_is_no_chain_is_refused_at_construction():
     chain: Any = [1, 2]
     with pytest.raises(ValueError, match=r"must be .*LayerChain, but it is a list"):
-        bmo.scale_by_backmatch(chain, normalize=False)
+        bmo.scale_by_backmatch(chain)

@@ -420,7 +420,7 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.main(["--results", str(results), "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert "65.00 ± 7.07" in text and "1 of 3 diverged" in text
+    assert "65.00 ± 7.07" in text and "3, 1 of them diverged" in text
     six = {"outcome": "finished", "accuracy": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}
     np.testing.assert_allclose(report.over_last_third([six]), [0.9])
     # Another protocol has tables and pictures of its own.
