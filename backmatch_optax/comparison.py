@@ -16,6 +16,7 @@ from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted, locate
 from backmatch_optax.scales import every, layer_scales, main_path
 from backmatch_optax.spec.link import Site
+from backmatch_optax.text import aligned
 
 
 class ScaleComparison(NamedTuple):
@@ -44,10 +45,7 @@ class ScaleComparison(NamedTuple):
             if math.isinf(self.measured[path]):
                 end = ("", "", "no gradient arrives: a zero above it")
             rows.append((path, *texts, *end))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
-        )
+        return aligned(rows)
 
 
 def compare_scales(
@@ -58,7 +56,7 @@ def compare_scales(
     key: jax.Array,
     num_probes: int = 8,
     gains: Gains = "mean_field",
-    tolerance: float = 2.5,
+    tolerance: float = 3.0,
     unlisted: Unlisted = "error",
 ) -> ScaleComparison:
     """Holds a declared chain against what the model does: the numeric `check_spec`.
@@ -119,7 +117,7 @@ def compare_scales(
         raise ValueError(f"tolerance (={tolerance!r}) must be above 1")
     sites = [site for site in every(locate(spec, params, unlisted=unlisted))]
     declared = layer_scales(
-        spec, params, gains=gains, norm_floor=0.0, unlisted=unlisted
+        spec, params, gains=gains, norm_floor=0, normalize=False, unlisted=unlisted
     )
     owners = {main_path(site): site for site in sites if site.params}
     blocks = tuple(p for p, site in owners.items() if site.link.owns_subtree)

@@ -14,7 +14,7 @@ import optax
 from backmatch_optax import spec as _spec
 from backmatch_optax.numerics import frobenius_norm, scaled, wide
 from backmatch_optax.parameters import (
-    checked_chain,
+    check_chain,
     is_leafless,
     join,
     locate,
@@ -43,7 +43,8 @@ def keep_norms(
     with :math:`v` the momentum of the kernel, trains the same function at every step
     (up to the `epsilon` of the normalisation, which a longer kernel makes less of).
     That holds with `optax.add_decayed_weights` after the scale too. With the decay
-    before it, with `normalize=True` or with clipping, keeping norms is another method.
+    before it, with `normalize=True`, the default, or with clipping, keeping norms is
+    another method.
 
     Args:
       inner: the whole optimizer, from decay to learning rate, such as `backmatch_sgd`.
@@ -78,7 +79,7 @@ def keep_norms(
       ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
       ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
       ... }
-      >>> tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, net), net)
+      >>> tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, net, normalize=False), net)
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> params = optax.apply_updates(params, updates)
       >>> for layer, leaves in params.items():
@@ -86,7 +87,7 @@ def keep_norms(
       fc1 2.8284
       fc2 1.62
     """
-    checked_chain(spec)
+    check_chain(spec)
     if not isinstance(inner, optax.GradientTransformation):
         raise ValueError(
             "keep_norms(inner, spec): inner must be an optax.GradientTransformation, "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backmatch_optax.numerics import checked_count, scaled
+from backmatch_optax.numerics import check_number, checked_count, scaled
 from backmatch_optax.parameters import (
     ParamPaths,
     is_masked,
@@ -18,6 +18,7 @@ from backmatch_optax.parameters import (
     refuse_parts,
     text,
 )
+from backmatch_optax.scales import LIMIT, check_options, within
 
 LayerOf = Callable[[str], str]
 
@@ -194,7 +195,7 @@ class ScaleByMeasuredBackmatchState(NamedTuple):
     steps: jax.Array  # taken so far; shape=(), dtype=jnp.int32
     key: jax.Array  # of the next probe; a typed key, shape=()
     curvatures: jax.Array  # running sums, by layer; shape=(layers,), dtype=jnp.float32
-    layer_scales: jax.Array  # those applied last; shape=(layers,), dtype=jnp.float32
+    layer_scales: dict[str, jax.Array]  # those applied last; shape=(), jnp.float32
 
 
 def scale_by_measured_backmatch(
@@ -202,7 +203,8 @@ def scale_by_measured_backmatch(
     key: jax.Array,
     refresh_every: int = 20,
     decay: jax.typing.ArrayLike = 0.9,
-    normalize: bool = False,
+    normalize: bool = True,
+    limit: jax.typing.ArrayLike | None = LIMIT,
     layer_of: LayerOf = module_of,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each layer's gradient by a scale measured on the model itself.
@@ -227,6 +229,7 @@ def scale_by_measured_backmatch(
       decay: how much of the running average each refresh keeps, in [0, 1).
       normalize: divides the scales by their mean, so that SGD's learning rate carries
         over; see `layer_scales`.
+      limit: how far a normalized scale may be from 1; see `layer_scales`.
       layer_of: maps the path of a parameter to the name of its layer; all parameters of
         a layer share one scale. By default a module is a layer.
 
@@ -235,7 +238,7 @@ def scale_by_measured_backmatch(
 
     Returns:
       A gradient transformation with state `ScaleByMeasuredBackmatchState`, whose
-      `layer_scales` are in the order of `measure_layer_scales` on the same parameters.
+      `layer_scales` have the names that `measure_layer_scales` gives them.
       Its `update` needs `params` and `outputs_fn`.
 
     Raises:
@@ -261,23 +264,23 @@ def scale_by_measured_backmatch(
       ...     params,
       ...     outputs_fn=lambda p: x @ p["fc"]["kernel"],
       ... )
-      >>> print(optax.tree.get(state, "layer_scales").round(4))
-      [0.25]
+      >>> print(optax.tree.get(state, "layer_scales"))
+      {'fc': Array(1., dtype=float32)}
     """
-    if isinstance(decay, (int, float)) and not 0 <= decay < 1:
-        raise ValueError(f"decay (={decay!r}) must be in [0, 1)")
+    check_number("decay", decay, least=0, below=1)
+    check_options("paper", 0, normalize, limit, "error")
     if not isinstance(refresh_every, int) or refresh_every < 1:
         raise ValueError(
             f"refresh_every (={refresh_every!r}) must be an int of at least 1"
         )
 
     def init_fn(params: optax.Params) -> ScaleByMeasuredBackmatchState:
-        layers = len(layer_sizes(params, layer_of))
+        sizes = layer_sizes(params, layer_of)
         return ScaleByMeasuredBackmatchState(
             steps=jnp.zeros((), jnp.int32),
             key=jax.random.fold_in(key, 0),  # a new array: the state may be donated
-            curvatures=jnp.zeros((layers,), jnp.float32),
-            layer_scales=jnp.ones((layers,), jnp.float32),
+            curvatures=jnp.zeros((len(sizes),), jnp.float32),
+            layer_scales={layer: jnp.ones((), jnp.float32) for layer in sizes},
         )
 
     def update_fn(
@@ -311,16 +314,22 @@ def scale_by_measured_backmatch(
                 weights = jnp.asarray([*sizes.values()], jnp.float32)
                 mean = jnp.average(average, weights=weights)
                 average = average / jnp.where(mean == 0, 1, mean)
+            scales = _reciprocal(average)
+            if normalize:
+                scales = within(limit, scales)
             return state._replace(
-                key=next_key, curvatures=curvatures, layer_scales=_reciprocal(average)
+                key=next_key,
+                curvatures=curvatures,
+                layer_scales=dict(zip(sizes, scales, strict=True)),
             )
 
         state = jax.lax.cond(
             state.steps % refresh_every == 0, refresh, lambda state: state, state
         )
-        of_layer = dict(zip(sizes, state.layer_scales, strict=True))
         scaled_updates = jax.tree_util.tree_map_with_path(
-            lambda key_path, update: scaled(update, of_layer[layer_of(text(key_path))]),
+            lambda key_path, update: scaled(
+                update, state.layer_scales[layer_of(text(key_path))]
+            ),
             updates,
         )
         return scaled_updates, state._replace(steps=optax.safe_increment(state.steps))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 
 def wide(*dtypes: jnp.dtype) -> jnp.dtype:
@@ -43,3 +46,22 @@ def checked_count(name: str, count: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} (={count!r}) must be an int of at least 1")
     return number
+
+
+def check_number(
+    name: str, value: Any, *, least: float, below: float = math.inf
+) -> None:
+    """Raises `ValueError` for what is no number from `least` to, not with, `below`.
+
+    A scalar array counts as a number. Where it is traced, its value is not known.
+    """
+    if isinstance(value, Tracer) and value.shape == ():
+        return
+    is_scalar = (
+        isinstance(value, jax.Array | np.ndarray | np.generic) and not value.ndim
+    )
+    number: Any = value.item() if is_scalar else value
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not least <= number < below:
+        less = "a finite number" if below == math.inf else f"a number below {below}"
+        raise ValueError(f"{name} (={value!r}) must be {less} of at least {least}")

@@ -13,15 +13,16 @@ from backmatch_optax.moments import Gains
 from backmatch_optax.numerics import frobenius_norm, scaled, wide
 from backmatch_optax.parameters import (
     Unlisted,
+    check_chain,
     check_spec,
     is_leafless,
     refuse_parts,
     text,
 )
 from backmatch_optax.scales import (
+    LIMIT,
     NORM_FLOOR,
-    check_gains,
-    check_norm_floor,
+    check_options,
     layer_scales_of,
     scale_of_params,
     walk,
@@ -44,7 +45,7 @@ class ScaleByBackmatchState(NamedTuple):
       >>> params = {"fc1": {"kernel": jnp.eye(8)}, "fc2": {"kernel": 2 * jnp.eye(8)}}
       >>> _, state = tx.update(params, tx.init(params), params)
       >>> {path: float(scale) for path, scale in state.layer_scales.items()}
-      {'fc1': 0.25, 'fc2': 1.0}
+      {'fc1': 0.625, 'fc2': 2.0}
     """
 
     layer_scales: dict[str, jax.Array]  # by path; shape=(), dtype=jnp.float32
@@ -55,7 +56,8 @@ def scale_by_backmatch(
     *,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
-    normalize: bool = False,
+    normalize: bool = True,
+    limit: jax.typing.ArrayLike | None = LIMIT,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each layer's gradient by its back-matched scale.
@@ -83,8 +85,11 @@ def scale_by_backmatch(
       tx = optax.chain(
           optax.add_decayed_weights(5e-4),
           backmatch_optax.scale_by_backmatch(spec),
-          optax.sgd(0.02, momentum=0.9, nesterov=True),
+          optax.sgd(0.1, momentum=0.9, nesterov=True),
       )
+
+    The learning rate stays. The papers' rule is `normalize=False, norm_floor=0`, and
+    needs a rate of its own.
 
     Args:
       spec: the declared layer chain of the model.
@@ -92,7 +97,8 @@ def scale_by_backmatch(
       norm_floor: the least that a scale divides by, so that training from zeros works;
         0 is the papers' rule to the letter; see `layer_scales`.
       normalize: divides the scales by their mean, so that SGD's learning rate carries
-        over; see `layer_scales`.
+        over; False is the papers' rule; see `layer_scales`.
+      limit: how far a normalized scale may be from 1; see `layer_scales`.
       unlisted: what to do about parameters that no declared layer covers: `"error"`
         (at `init`), or `"identity"` to leave their gradients as they are.
 
@@ -102,10 +108,10 @@ def scale_by_backmatch(
       or wider.
 
     Raises:
-      ValueError: in `init`, where the chain does not fit the parameters (see
-        `check_spec`) or an argument is none of the above; in `update`, where `params`
-        is None, or where inside `jax.shard_map` a declared parameter is not the same on
-        all devices.
+      ValueError: at once, where an argument is none of the above; in `init`, where the
+        chain does not fit the parameters (see `check_spec`); in `update`, where
+        `params` is None, or where inside `jax.shard_map` a declared parameter is not
+        the same on all devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -123,15 +129,15 @@ def scale_by_backmatch(
       >>> tx = optax.chain(
       ...     optax.add_decayed_weights(5e-4),
       ...     bmo.scale_by_backmatch(net),
-      ...     optax.sgd(0.02),
+      ...     optax.sgd(0.1),
       ... )
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
       >>> scales = optax.tree.get(state, "layer_scales")
       >>> for path, scale in scales.items():
       ...     print(path, scale.round(4))
-      fc1 2.0
-      fc2 1.0
+      fc1 1.3333
+      fc2 0.6667
 
     References:
       Zhang, Chen, Liu, `Train Feedforward Neural Network with Layer-wise Adaptive Rate
@@ -147,11 +153,11 @@ def scale_by_backmatch(
       parameters may be sharded in any way; under `jax.pmap`, and in `jax.shard_map`
       with `check_vma=False`, every device has to hold whole ones.
     """
+    check_chain(spec)
+    check_options(gains, norm_floor, normalize, limit, unlisted)
 
     def init_fn(params: optax.Params) -> ScaleByBackmatchState:
         # A tree without leaves has nothing to check: optax.tree.map_params passes one.
-        check_gains(gains)
-        check_norm_floor(norm_floor)
         if not is_leafless(params):
             check_spec(spec, params, unlisted=unlisted)
         return ScaleByBackmatchState(
@@ -175,7 +181,7 @@ def scale_by_backmatch(
         sites = walk(
             spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted
         )
-        scales = scale_of_params(sites, normalize)
+        scales = scale_of_params(sites, normalize, limit)
         scaled_updates = jax.tree_util.tree_map_with_path(
             lambda key_path, update: scaled(update, _find(scales, text(key_path))),
             updates,
@@ -267,7 +273,8 @@ def backmatch_sgd(
     weight_decay_mask: Any = None,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
-    normalize: bool = False,
+    normalize: bool = True,
+    limit: jax.typing.ArrayLike | None = LIMIT,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with layer-wise rates from back-matching propagation.
@@ -293,7 +300,8 @@ def backmatch_sgd(
       gains: `"paper"`, or `"mean_field"` for exact Gaussian gains; see `layer_scales`.
       norm_floor: the least that a scale divides by; see `layer_scales`.
       normalize: divides the scales by their mean, so that SGD's learning rate carries
-        over; see `layer_scales`.
+        over; False is the papers' rule; see `layer_scales`.
+      limit: how far a normalized scale may be from 1; see `layer_scales`.
       unlisted: `"error"`, or `"identity"` to leave the gradients of parameters that no
         declared layer covers as they are.
 
@@ -310,7 +318,7 @@ def backmatch_sgd(
       >>> from backmatch_optax import spec
       >>> net = spec.LayerChain([spec.Dense("fc1")], input_shape=(4,))
       >>> params = {"fc1": {"kernel": jnp.ones((4, 2))}}
-      >>> tx = bmo.backmatch_sgd(0.02, net, weight_decay=5e-4)
+      >>> tx = bmo.backmatch_sgd(0.1, net, weight_decay=5e-4)
       >>> updates, state = tx.update(params, tx.init(params), params)
 
     References:
@@ -325,6 +333,7 @@ def backmatch_sgd(
             gains=gains,
             norm_floor=norm_floor,
             normalize=normalize,
+            limit=limit,
             unlisted=unlisted,
         ),
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),

@@ -181,15 +181,6 @@ def _name(key: Any) -> Any:
     )
 
 
-def checked_chain(spec: Any) -> _spec.LayerChain:
-    """The chain, or `ValueError` where it is none."""
-    if not isinstance(spec, _spec.LayerChain):
-        raise ValueError(
-            "spec must be a backmatch_optax.spec.LayerChain, but it is " + kind_of(spec)
-        )
-    return spec
-
-
 def check_spec(
     spec: _spec.LayerChain, params: optax.Params, *, unlisted: Unlisted = "error"
 ) -> None:
@@ -226,11 +217,19 @@ input features, but its input has 64; the input of the chain has shape (64,)
     locate(spec, params, unlisted=unlisted)
 
 
+def check_chain(spec: Any) -> None:
+    """Raises `ValueError` for what is no declared chain."""
+    if not isinstance(spec, _spec.LayerChain):
+        raise ValueError(
+            "spec must be a backmatch_optax.spec.LayerChain, but it is " + kind_of(spec)
+        )
+
+
 def locate(
     spec: _spec.LayerChain, params: optax.Params, *, unlisted: Unlisted = "error"
 ) -> list[Site]:
     """The links at their places, with shapes and parameters (see `check_spec`)."""
-    spec = checked_chain(spec)
+    check_chain(spec)
     if unlisted not in ("error", "identity"):
         raise ValueError(f"unlisted (={unlisted!r}) must be 'error' or 'identity'")
     paths = ParamPaths(params)

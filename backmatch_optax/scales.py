@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import optax
 from backmatch_optax import recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains, Moments
-from backmatch_optax.numerics import wide
+from backmatch_optax.numerics import check_number, wide
 from backmatch_optax.parameters import Unlisted, join, locate, refuse_parts, text
 from backmatch_optax.powers import Positive, evaluate, number, stacked
 from backmatch_optax.spec.link import Site
@@ -25,6 +24,10 @@ from backmatch_optax.spec.link import Site
 # gradient grows with the norm's root, so that the second step would throw it far away.
 NORM_FLOOR = 0.1
 
+# How far a normalized scale may be from SGD's 1. At SGD's best rate a network bears a
+# factor of 2 in a layer's rate (docs/rates.md has the networks that say so).
+LIMIT = 2.0
+
 
 def layer_scales(
     spec: _spec.LayerChain,
@@ -32,7 +35,8 @@ def layer_scales(
     *,
     gains: Gains = "paper",
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
-    normalize: bool = False,
+    normalize: bool = True,
+    limit: jax.typing.ArrayLike | None = LIMIT,
     unlisted: Unlisted = "error",
 ) -> dict[str, jax.Array]:
     r"""The scale of every declared layer: what its gradient is to be multiplied by.
@@ -62,11 +66,15 @@ def layer_scales(
         zero-initialised head, or a zero-initialised BatchNorm at the end of a residual
         branch, learns. 0 is the papers' rule to the letter. Where a norm cancels, as
         that of every kernel below a BatchNorm does, it plays no part.
-      normalize: divides all scales by their mean, the harmonic one over every entry of
-        every declared parameter. The trace of the scaled Gauss-Newton matrix that the
-        chain predicts is then that of SGD's, so that SGD's learning rate carries over;
-        the scales' ratios stay. Without it, the sizes of the layers and of the head
-        enter every scale, and the learning rate is to be tuned anew for each network.
+      normalize: divides all scales by their mean, so that SGD's learning rate carries
+        over. It is the harmonic mean over every entry of every declared parameter: the
+        trace of the scaled Gauss-Newton matrix that the chain predicts is then SGD's.
+        False is the papers' rule. The sizes of the layers and of the head then enter
+        every scale, and the learning rate must be tuned anew for each network.
+      limit: how far a normalized scale may be from 1, up or down. With the default of
+        2, no parameter learns at more than twice SGD's rate or less than half of it,
+        whatever the chain says. None is no limit: the ratios between layers are then
+        the papers'. Without `normalize` it plays no part.
       unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
 
     Returns:
@@ -82,9 +90,8 @@ def layer_scales(
 
     Raises:
       ValueError: where the chain does not fit the parameters, see `check_spec`; where
-        `gains`, `norm_floor` or `unlisted` is none of the above; or inside
-        `jax.shard_map`, where a parameter is not the same on all devices, so that it
-        may be a part of one.
+        an option is none of the above; or inside `jax.shard_map`, where a parameter is
+        not the same on all devices, so that it may be a part of one.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -100,11 +107,16 @@ def layer_scales(
       ... }
       >>> for path, scale in bmo.layer_scales(net, params).items():
       ...     print(path, scale.round(4))
+      fc1 1.3333
+      fc2 0.6667
+      >>> for path, scale in bmo.layer_scales(net, params, normalize=False).items():
+      ...     print(path, scale.round(4))
       fc1 2.0
       fc2 1.0
     """
+    check_options(gains, norm_floor, normalize, limit, unlisted)
     sites = walk(spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted)
-    return dict(layer_scales_of(sites, scale_of_params(sites, normalize)))
+    return dict(layer_scales_of(sites, scale_of_params(sites, normalize, limit)))
 
 
 def walk(
@@ -116,7 +128,6 @@ def walk(
     unlisted: Unlisted,
 ) -> list[Site]:
     """The chain's sites with moments and `m` filled in by the two passes."""
-    check_gains(gains)
     refuse_parts(params, getattr(spec, "paths", ()))
     sites = locate(spec, params, unlisted=unlisted)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -125,7 +136,6 @@ def walk(
                 f"{text(path)!r} is a ShapeDtypeStruct, but scales need concrete "
                 "arrays; check_spec does with shapes"
             )
-    check_norm_floor(norm_floor)
     for site in every(sites):
         site.mean_field = gains == "mean_field"
         site.norm_floor = norm_floor
@@ -137,24 +147,26 @@ def walk(
     return sites
 
 
-def check_gains(gains: Gains) -> None:
-    """Raises `ValueError` for gains nobody knows."""
+def check_options(
+    gains: str,
+    norm_floor: Any,
+    normalize: Any,
+    limit: Any,
+    unlisted: str,
+) -> None:
+    """Raises `ValueError` for an option that is none of those `layer_scales` tells.
+
+    The value of an array is not looked at where it is traced.
+    """
     if gains not in ("paper", "mean_field"):
         raise ValueError(f"gains (={gains!r}) must be 'paper' or 'mean_field'")
-
-
-def check_norm_floor(norm_floor: Any) -> None:
-    """Raises `ValueError` for a floor that is no finite number of at least 0.
-
-    An array's value is not looked at: it may be traced.
-    """
-    if isinstance(norm_floor, (jax.Array, np.ndarray)):
-        return
-    if isinstance(norm_floor, (int, float, np.number)) and 0 <= norm_floor < math.inf:
-        return
-    raise ValueError(
-        f"norm_floor (={norm_floor!r}) must be a finite number of at least 0"
-    )
+    if unlisted not in ("error", "identity"):
+        raise ValueError(f"unlisted (={unlisted!r}) must be 'error' or 'identity'")
+    if not isinstance(normalize, bool):
+        raise ValueError(f"normalize (={normalize!r}) must be True or False")
+    check_number("norm_floor", norm_floor, least=0)
+    if limit is not None:
+        check_number("limit", limit, least=1)
 
 
 def every(sites: Sequence[Site]) -> Iterator[Site]:
@@ -175,7 +187,9 @@ def _owns_params(site: Site) -> bool:
     return bool(site.params)
 
 
-def scale_of_params(sites: Sequence[Site], normalize: bool) -> dict[str, jax.Array]:
+def scale_of_params(
+    sites: Sequence[Site], normalize: bool, limit: jax.typing.ArrayLike | None
+) -> dict[str, jax.Array]:
     """The scale of every declared parameter by its path; of a Block by the block's."""
     numbers: dict[str, Positive] = {}
     leaves: dict[str, list[Any]] = {}
@@ -194,7 +208,16 @@ def scale_of_params(sites: Sequence[Site], normalize: bool) -> dict[str, jax.Arr
         values = _over_their_mean(
             values, [sum(leaf.size for leaf in below) for below in leaves.values()]
         )
+        values = [within(limit, value) for value in values]
     return dict(zip(numbers, values, strict=True))
+
+
+def within(limit: jax.typing.ArrayLike | None, scale: jax.Array) -> jax.Array:
+    """A normalized scale, held between one over the limit and the limit."""
+    if limit is None:
+        return scale
+    most = jnp.asarray(limit, scale.dtype)
+    return jnp.clip(scale, 1 / most, most)
 
 
 def _over_their_mean(

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from backmatch_optax import recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted
 from backmatch_optax.powers import Positive, evaluate
-from backmatch_optax.scales import NORM_FLOOR, walk
+from backmatch_optax.scales import (
+    LIMIT,
+    NORM_FLOOR,
+    check_options,
+    main_path,
+    scale_of_params,
+    walk,
+)
 from backmatch_optax.spec.link import Site
 from backmatch_optax.spec.windows import shape_text
+from backmatch_optax.text import aligned
 
 _HEADER = ("layer", "path", "kernel", "output", "positions", "q", "m", "scale")
 
@@ -26,7 +33,9 @@ def describe(
     params: optax.Params,
     *,
     gains: Gains = "paper",
-    norm_floor: float = NORM_FLOOR,
+    norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
+    normalize: bool = True,
+    limit: jax.typing.ArrayLike | None = LIMIT,
     unlisted: Unlisted = "error",
 ) -> str:
     """A table of the chain: what was understood, and the scale that comes of it.
@@ -39,14 +48,16 @@ def describe(
       the product of all its axes but the last;
     * `q`: the second moment of the signal that enters it;
     * `m`: the backward factor at its output;
-    * `scale`: what the gradient of its first parameter is multiplied by,
-      `1 / (m * m_W)`.
+    * `scale`: what the gradient of its first parameter is multiplied by:
+      `1 / (m * m_W)`, divided by the mean of all with `normalize`.
 
     Args:
       spec: the declared chain.
       params: the model's parameters, concrete arrays.
-      gains: `"paper"` or `"mean_field"`; see `layer_scales`.
-      norm_floor: the least that a scale divides by; see `layer_scales`.
+      gains: as in `layer_scales`, and so are the other options.
+      norm_floor: the least that a scale divides by.
+      normalize: whether scales are divided by their mean.
+      limit: how far a normalized scale may be from 1.
       unlisted: `"error"`, or `"identity"` to allow parameters that no layer covers.
 
     Returns:
@@ -54,7 +65,7 @@ def describe(
 
     Raises:
       ValueError: where the chain does not fit the parameters, see `check_spec`; where
-        these are not concrete; or where `norm_floor` is no finite number from 0 on.
+        these are not concrete; or where an option is none of the above.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,7 +79,7 @@ def describe(
       ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
       ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
       ... }
-      >>> print(bmo.describe(net, params))
+      >>> print(bmo.describe(net, params, normalize=False))
       layer      path  kernel  output  positions  q  m    scale
       Dense      fc1   4*8     8       1          1  0.5  2
       BatchNorm                8       1          1  0.5
@@ -79,20 +90,22 @@ def describe(
             "describe writes numbers and needs concrete arrays; under jit, return "
             "layer_scales(spec, params) instead"
         )
+    check_options(gains, norm_floor, normalize, limit, unlisted)
     sites = walk(spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted)
-    rows = [_HEADER, *_rows(sites, depth=0)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    scales = scale_of_params(sites, normalize, limit)
+    return aligned([_HEADER, *_rows(sites, scales, depth=0)])
 
 
-def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
+def _rows(
+    sites: Sequence[Site], scales: Mapping[str, jax.Array], depth: int
+) -> Iterator[tuple[str, ...]]:
     indent = "  " * depth
     for site in sites:
         link = site.link
         scale = kernel = ""
         if site.params:
             role = next(iter(site.params))
-            scale = _figure(recursion.scale(site, role), floored=True)
+            scale = f"{float(scales[main_path(site)]):.4g}"
             if link.owns_subtree:
                 kernel = f"{len(jax.tree.leaves(site.params))} arrays"
             else:
@@ -109,9 +122,9 @@ def _rows(sites: Sequence[Site], depth: int) -> Iterator[tuple[str, ...]]:
         )
         for arm, chain in site.arms.items():
             yield (f"{indent}  {arm}:", *[""] * (len(_HEADER) - 1))
-            yield from _rows(chain, depth + 2)
+            yield from _rows(chain, scales, depth + 2)
 
 
-def _figure(value: Positive, *, floored: bool = False) -> str:
-    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32), floored=floored)
+def _figure(value: Positive) -> str:
+    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32))
     return f"{float(evaluated):.4g}"

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import backmatch_optax as bmo
 from examples import data, methods, models, training
+from examples.arguments import not_negative, whole
 from examples.studies.cifar import cpu
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
@@ -83,13 +84,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="learning rates, such as sgd=0.1 backmatch=0.02; those not given are "
         + ", ".join(f"{name}={rate}" for name, rate in LEARNING_RATES.items()),
     )
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the data")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
     parser.add_argument(
-        "--weight-decay", type=float, default=5e-4, help="decay, for all methods"
+        "--epochs", type=whole(1), default=15, help="passes over the data"
+    )
+    parser.add_argument("--batch-size", type=whole(1), default=64, help="images a step")
+    parser.add_argument(
+        "--weight-decay", type=not_negative, default=5e-4, help="decay, for all methods"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of initial weights and batch order"
+        "--seed", type=whole(0), default=0, help="of initial weights and batch order"
     )
     parser.add_argument(
         "--tune",
@@ -109,17 +112,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for entry in options.learning_rate:
         method, _, rate = entry.partition("=")
         try:
-            options.rates[method] = float(rate)
-        except ValueError:
-            parser.error(f"--learning-rate {entry!r} must be written METHOD=NUMBER")
+            options.rates[method] = not_negative(rate)
+        except argparse.ArgumentTypeError as error:
+            parser.error(
+                f"--learning-rate {entry!r} must be written METHOD=NUMBER: {error}"
+            )
         if method not in methods.METHODS:
             parser.error(
                 f"--learning-rate {entry!r} must name one of "
                 + ", ".join(methods.METHODS)
             )
-    for name in ("epochs", "batch_size"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return options
 
 
@@ -141,7 +143,7 @@ def describe(options: argparse.Namespace, dataset: data.Dataset) -> str:
     states = training.create_states(
         model, {"": optax.identity()}, dataset, jax.random.key(options.seed)
     )
-    return bmo.describe(chain, states[""].params)
+    return bmo.describe(chain, states[""].params, normalize=False)
 
 
 def train(options: argparse.Namespace, dataset: data.Dataset) -> dict[str, dict]:
@@ -215,9 +217,10 @@ def tune(options: argparse.Namespace, dataset: data.Dataset) -> str:
     return "\n".join(lines)
 
 
-def table(curves: dict[str, dict], rates: dict[str, float]) -> str:
-    """The results: a row for each method."""
-    header = ("method", "rate", "train loss", "test accuracy", "ms/step", "overhead")
+def table(curves: dict[str, dict], rates: dict[str, float], images: int) -> str:
+    """The results: a row for each method, of so many test images."""
+    header = ("method", "rate", "train loss", "test accuracy", f"wrong of {images}")
+    header += ("ms/step", "overhead")
     # The first step compiles; the median is robust to whatever else the machine does.
     seconds = {m: float(np.median(c["seconds"][1:] or [0])) for m, c in curves.items()}
     rows: list[tuple[str, ...]] = [header]
@@ -230,6 +233,7 @@ def table(curves: dict[str, dict], rates: dict[str, float]) -> str:
                 f"{rates[method]:g}",
                 f"{loss:.4f}" if np.isfinite(loss) else "diverged",
                 f"{curve['accuracy'][-1]:.2%}",
+                f"{images * (1 - curve['accuracy'][-1]):.0f}",
                 f"{seconds[method] * 1e3:.2f}",
                 "" if ratio is None or method == "sgd" else f"{ratio - 1:+.1%}",
             )
@@ -279,7 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict]:
         print(f"\nHeld-out accuracy by learning rate\n{tune(options, dataset)}")
         return {}
     curves = train(options, dataset)
-    print(f"\n{table(curves, options.rates)}\n")
+    images = len(dataset.test_images)
+    print(f"\n{table(curves, options.rates, images)}\n")
+    print(f"One test image is {1 / images:.2%} of the accuracy.")
     options.output_dir.mkdir(parents=True, exist_ok=True)
     title = f"{options.model} on {dataset.name}, seed {options.seed}"
     plot_curves(curves, title, options.output_dir / "learning_curves.png")

@@ -36,6 +36,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples import data, methods, models
+from examples.arguments import not_negative, whole
 from examples.training import TrainState, loss_and_gradient
 
 MODES = ("pmap", "data", "fsdp", "tensor")
@@ -229,19 +230,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--mode", choices=MODES, default="data", help="who holds what")
-    add("--devices", type=int, help="use this many virtual CPU devices a process")
+    add("--devices", type=whole(1), help="use this many virtual CPU devices a process")
     add("--coordinator", help="host:port of process 0, for several processes")
-    add("--num-processes", type=int, default=1)
-    add("--process-id", type=int, default=0, help="of this process, from 0")
+    add("--num-processes", type=whole(1), default=1)
+    add("--process-id", type=whole(0), default=0, help="of this process, from 0")
     add("--dataset", choices=data.DATASETS, default="digits")
     add("--data-dir", help="where tensorflow-datasets keeps its data")
     add("--model", choices=models.MODELS, default="lenet")
     add("--method", choices=methods.METHODS, default="backmatch")
-    add("--learning-rate", type=float, default=0.1)
-    add("--weight-decay", type=float, default=5e-4)
-    add("--batch-size", type=int, default=128, help="of all devices together")
-    add("--epochs", type=int, default=8)
-    add("--seed", type=int, default=0)
+    add("--learning-rate", type=not_negative, default=0.1)
+    add("--weight-decay", type=not_negative, default=5e-4)
+    add("--batch-size", type=whole(1), default=128, help="of all devices together")
+    add("--epochs", type=whole(1), default=8)
+    add("--seed", type=whole(0), default=0)
     options = parser.parse_args(arguments)
     if options.num_processes > 1 and not options.coordinator:
         parser.error("--num-processes needs --coordinator host:port")

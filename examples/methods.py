@@ -45,6 +45,8 @@ def optimizer(
     """
     decay = optax.add_decayed_weights(weight_decay)
     sgd = optax.sgd(learning_rate, momentum=momentum, nesterov=True)
+    # Every "backmatch" is the papers' rule but for what its name says.
+    papers = bmo.scale_by_backmatch(chain, normalize=False)
     match method:
         case "sgd":
             return optax.chain(decay, sgd)
@@ -66,23 +68,25 @@ def optimizer(
             )
             return optax.with_extra_args_support(muon)
         case "backmatch":
-            return optax.chain(decay, bmo.scale_by_backmatch(chain), sgd)
+            return optax.chain(decay, papers, sgd)
         case "backmatch, decay after":
-            return optax.chain(bmo.scale_by_backmatch(chain), decay, sgd)
+            return optax.chain(papers, decay, sgd)
         case "backmatch, norms kept":
-            tx = optax.chain(decay, bmo.scale_by_backmatch(chain), sgd)
+            tx = optax.chain(decay, papers, sgd)
             return bmo.keep_norms(tx, chain)
         case "backmatch, normalized":
-            scale = bmo.scale_by_backmatch(chain, normalize=True)
+            scale = bmo.scale_by_backmatch(chain, limit=None, normalize=False)
             return optax.chain(decay, scale, sgd)
         case "backmatch, mean field":
-            scale = bmo.scale_by_backmatch(chain, gains="mean_field")
+            scale = bmo.scale_by_backmatch(chain, gains="mean_field", normalize=False)
             return optax.chain(decay, scale, sgd)
         case "backmatch, measured":
-            scale = bmo.scale_by_measured_backmatch(key=jax.random.key(0))
+            scale = bmo.scale_by_measured_backmatch(
+                key=jax.random.key(0), normalize=False
+            )
             return optax.chain(decay, scale, sgd)
         case "backmatch, frozen":
-            return optax.chain(decay, _at_initial(bmo.scale_by_backmatch(chain)), sgd)
+            return optax.chain(decay, _at_initial(papers), sgd)
         case "own norm":
             # F / out = ||W||^2_{2,mu} times fan-in / out: what BatchNorm divides by.
             norm = optax.stateless(

@@ -255,7 +255,7 @@ def test_all_norms_take_one_all_reduce_and_no_kernel_moves(network, mode):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     placed = jax.tree.map(place, shapes)
-    tx = bmo.scale_by_backmatch(chain)
+    tx = bmo.scale_by_backmatch(chain, normalize=False)
     update = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params))
     found = collectives(update.lower(placed, placed).compile())
     if mode == "data":
@@ -321,7 +321,7 @@ def test_a_part_of_a_kernel_in_shard_map_is_refused_by_name(wrap):
     def update(params):
         return tx.update(params, tx.init(params), params)[0]
 
-    tx = bmo.scale_by_backmatch(PAIR)
+    tx = bmo.scale_by_backmatch(PAIR, normalize=False)
     with pytest.raises(ValueError, match=r"'down/kernel' differs .* 'd' .* outside"):
         wrap(in_shard_map(update, PAIR_CUT, PAIR_CUT))(pair_params())
 
@@ -331,7 +331,7 @@ def test_a_part_of_a_kernel_in_shard_map_is_refused_by_name(wrap):
     "transformation",
     [
         bmo.scale_by_lsalr,
-        lambda: bmo.scale_by_measured_backmatch(key=jax.random.key(0)),
+        lambda: bmo.scale_by_measured_backmatch(key=jax.random.key(0), normalize=False),
         lambda: bmo.keep_norms(optax.sgd(0.1, momentum=0.9), NORMED_PAIR),
     ],
     ids=["lsalr", "measured", "keep_norms"],
@@ -358,7 +358,7 @@ def test_norms_of_parts_are_refused_whoever_takes_them(transformation):
 @pytest.mark.parametrize("axis", [0, 1], ids=["in", "out"])
 def test_parts_that_do_not_fit_are_refused_for_being_parts(axis):
     def scales(params):
-        return bmo.layer_scales(PAIR, params)
+        return bmo.layer_scales(PAIR, params, normalize=False)
 
     cut = P(*[None] * axis, "d")
     with pytest.raises(ValueError, match="not one device's part"):
@@ -367,10 +367,10 @@ def test_parts_that_do_not_fit_are_refused_for_being_parts(axis):
 
 def test_a_part_of_what_no_layer_declares_is_no_error():
     def scales(params):
-        return bmo.layer_scales(PAIR, params, unlisted="identity")
+        return bmo.layer_scales(PAIR, params, unlisted="identity", normalize=False)
 
     params = pair_params()
-    expected = bmo.layer_scales(PAIR, params)
+    expected = bmo.layer_scales(PAIR, params, normalize=False)
     specs = {**dict.fromkeys(params, P()), "experts": P("d")}
     result = jax.jit(in_shard_map(scales, specs))(
         {**params, "experts": jnp.zeros((DEVICES, 4))}
@@ -380,11 +380,13 @@ def test_a_part_of_what_no_layer_declares_is_no_error():
 
 def test_whole_kernels_in_shard_map_have_their_scales():
     def scales(params):
-        return bmo.layer_scales(PAIR, params)
+        return bmo.layer_scales(PAIR, params, normalize=False)
 
     params = pair_params()
     result = jax.jit(in_shard_map(scales, P()))(params)
-    assert_trees_all_close(result, bmo.layer_scales(PAIR, params), rtol=1e-6)
+    assert_trees_all_close(
+        result, bmo.layer_scales(PAIR, params, normalize=False), rtol=1e-6
+    )
 
 
 @every_wrapper
@@ -395,19 +397,21 @@ def test_mean_field_integrals_need_no_tracing_to_end(wrap):
     )
 
     def scales(params):
-        return bmo.layer_scales(chain, params, gains="mean_field")
+        return bmo.layer_scales(chain, params, gains="mean_field", normalize=False)
 
     params = {"up": pair_params()["up"]}
     _moments._static_integrals.cache_clear()
     result = wrap(in_shard_map(scales, P()))(params)
-    expected = bmo.layer_scales(chain, params, gains="mean_field")
+    expected = bmo.layer_scales(chain, params, gains="mean_field", normalize=False)
     assert_trees_all_close(result, expected, rtol=1e-6)
 
 
 def test_a_model_of_its_own_on_every_device_is_trained_unchecked():
     def scales(members):
         params = jax.tree.map(lambda leaf: leaf[0], members)
-        return jax.tree.map(lambda s: s[None], bmo.layer_scales(PAIR, params))
+        return jax.tree.map(
+            lambda s: s[None], bmo.layer_scales(PAIR, params, normalize=False)
+        )
 
     members = [
         jax.tree.map(lambda p, n=n: p * (n + 1), pair_params()) for n in range(8)
@@ -418,7 +422,7 @@ def test_a_model_of_its_own_on_every_device_is_trained_unchecked():
     for index, member in enumerate(members):
         assert_trees_all_close(
             jax.tree.map(lambda s, i=index: s[i], result),
-            bmo.layer_scales(PAIR, member),
+            bmo.layer_scales(PAIR, member, normalize=False),
             rtol=1e-6,
         )
 

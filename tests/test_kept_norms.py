@@ -77,12 +77,12 @@ def train(tx, steps, dtype) -> tuple[Any, Any, Any]:
 
 
 def backmatch(spec_, **options):
-    return bmo.backmatch_sgd(0.1, spec_, **options)
+    return bmo.backmatch_sgd(0.1, spec_, normalize=False, **options)
 
 
 def decay_after(spec_):
     return optax.chain(
-        bmo.scale_by_backmatch(spec_),
+        bmo.scale_by_backmatch(spec_, normalize=False),
         optax.add_decayed_weights(0.01),
         optax.sgd(0.1, momentum=0.9, nesterov=True),
     )
@@ -121,7 +121,7 @@ def test_with_decay_before_the_scale_it_is_another_method():
 
 
 def test_three_thousand_steps_stay_as_they_began_where_kernels_grew_out_of_range():
-    tx = bmo.backmatch_sgd(1.0, chain())
+    tx = bmo.backmatch_sgd(1.0, chain(), normalize=False)
     _, grown, _ = train(tx, 3000, jnp.float32)
     largest = max(np.abs(grown[name]["kernel"]).max() for name in ("fc1", "fc2"))
     assert not largest < 1e15  # or not a number: its square is near float32's end
@@ -139,7 +139,7 @@ def test_a_layer_norm_frees_the_norm_of_a_kernel_without_a_bias_only(use_bias):
     declared = chain(spec.LayerNorm, "LayerNorm")
     model = network(nn.LayerNorm, use_bias=use_bias)
     params = model.init(jax.random.key(0), jnp.ones((2, 5)))["params"]
-    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, declared), declared)
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, declared, normalize=False), declared)
     if use_bias:
         with pytest.raises(ValueError, match="no kernel right before a normalisation"):
             tx.init(params)
@@ -164,7 +164,7 @@ def test_kernels_inside_residual_branches_keep_their_norm_too():
         name: {"kernel": jax.random.normal(jax.random.key(i), (4, 4))}
         for i, name in enumerate(("a", "b", "head"))
     }
-    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, declared), declared)
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, declared, normalize=False), declared)
     updates, _ = tx.update(params, tx.init(params), params)
     moved: Any = optax.apply_updates(params, updates)
     ratio = {
@@ -181,7 +181,7 @@ def test_it_is_an_ordinary_transformation():
         "fc2": {"kernel": jnp.ones((8, 8))},
         "fc3": {"kernel": jnp.ones((8, 3))},
     }
-    inner = bmo.backmatch_sgd(0.1, chain())
+    inner = bmo.backmatch_sgd(0.1, chain(), normalize=False)
     tx = bmo.keep_norms(inner, chain())
     state = tx.init(params)
     chex.assert_trees_all_equal(state, inner.init(params))  # no state of its own
@@ -225,8 +225,10 @@ SQUARE = {f"fc{i}": {"kernel": jnp.ones((4, 4))} for i in (1, 2)}
 def test_what_cannot_work_is_refused():
     plain = spec.LayerChain([spec.Dense("fc1"), spec.Dense("fc2")], input_shape=(4,))
     with pytest.raises(ValueError, match="no kernel right before a normalisation"):
-        bmo.keep_norms(bmo.backmatch_sgd(0.1, plain), plain).init(SQUARE)
-    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, NORMED), NORMED)
+        bmo.keep_norms(bmo.backmatch_sgd(0.1, plain, normalize=False), plain).init(
+            SQUARE
+        )
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, NORMED, normalize=False), NORMED)
     with pytest.raises(ValueError, match="params is None"):
         tx.update(SQUARE, tx.init(SQUARE))
     with pytest.raises(ValueError, match=r"spec must be a .*LayerChain.* a list"):
@@ -236,7 +238,9 @@ def test_what_cannot_work_is_refused():
 
 
 OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adam": lambda: optax.chain(bmo.scale_by_backmatch(NORMED), optax.adam(0.1)),
+    "adam": lambda: optax.chain(
+        bmo.scale_by_backmatch(NORMED, normalize=False), optax.adam(0.1)
+    ),
     "adadelta": lambda: optax.adadelta(0.1),
     "adafactor": lambda: optax.adafactor(0.1),
     "adagrad": lambda: optax.adagrad(0.1),
@@ -269,9 +273,11 @@ def test_optimizers_whose_steps_are_not_in_proportion_are_refused(name):
 
 
 MOMENTUM: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "backmatch": lambda: bmo.backmatch_sgd(0.1, NORMED, weight_decay=0.01),
+    "backmatch": lambda: bmo.backmatch_sgd(
+        0.1, NORMED, weight_decay=0.01, normalize=False
+    ),
     "clipped": lambda: optax.chain(
-        optax.clip_by_global_norm(1.0), bmo.backmatch_sgd(0.1, NORMED)
+        optax.clip_by_global_norm(1.0), bmo.backmatch_sgd(0.1, NORMED, normalize=False)
     ),
     "measured": lambda: optax.chain(
         bmo.scale_by_measured_backmatch(key=jax.random.key(0)), optax.sgd(0.1)
@@ -297,7 +303,9 @@ def test_optimizers_with_momentum_alone_are_taken(name):
 
 def test_learning_rates_may_be_traced():
     def step(learning_rate):
-        tx = bmo.keep_norms(bmo.backmatch_sgd(learning_rate, NORMED), NORMED)
+        tx = bmo.keep_norms(
+            bmo.backmatch_sgd(learning_rate, NORMED, normalize=False), NORMED
+        )
         gradient = jax.tree.map(lambda p: p.at[0].set(0), SQUARE)
         return tx.update(gradient, tx.init(SQUARE), SQUARE)[0]
 

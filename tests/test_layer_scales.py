@@ -29,7 +29,9 @@ def scales_of(
     Updates of ones come back as the scales, which is all that a user ever sees. Without
     a floor for small norms, which the papers do not have.
     """
-    transformation = bmo.scale_by_backmatch(chain, norm_floor=norm_floor)
+    transformation = bmo.scale_by_backmatch(
+        chain, norm_floor=norm_floor, normalize=False
+    )
     updates, _ = transformation.update(
         jax.tree.map(ones_for, params), transformation.init(params), params
     )
@@ -89,7 +91,7 @@ def test_lenet_has_the_scales_that_the_supplement_prints(dtype, rtol):
     with jax.enable_x64(dtype == jnp.float64):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         scales = scales_of(models.LENET, params)
-        summary = bmo.layer_scales(models.LENET, params)
+        summary = bmo.layer_scales(models.LENET, params, normalize=False)
     assert_close(scales, {f"{n}/kernel": s for n, s in printed.items()}, rtol)
     assert_close({name: float(scale) for name, scale in summary.items()}, printed, rtol)
     assert all(scale.dtype == dtype for scale in summary.values())
@@ -99,7 +101,7 @@ def test_lenet_scales_are_squared_norms_over_that_of_the_last_layer():
     # All of BM's sharing factors, fan-ins and fan-outs cancel in this one network.
     params = models.init_params(models.LeNet(), models.LENET)
     norms = {n: float(jnp.sum(layer["kernel"] ** 2)) for n, layer in params.items()}
-    scales = bmo.layer_scales(models.LENET, params)
+    scales = bmo.layer_scales(models.LENET, params, normalize=False)
     assert list(scales) == ["cv1", "cv2", "fc1", "fc2", "fc3"]
     expected = {name: norm / norms["fc3"] for name, norm in norms.items()}
     assert_close({n: float(s) for n, s in scales.items()}, expected, 1e-5)
@@ -348,7 +350,9 @@ def test_norms_cancel_exactly_in_a_thousand_normalized_layers(dtype):
         )
     }
     norms = {n: float((x["kernel"] ** 2).sum()) for n, x in as_float64(params).items()}
-    scales = bmo.layer_scales(dense_chain(names, normalized=True), params)
+    scales = bmo.layer_scales(
+        dense_chain(names, normalized=True), params, normalize=False
+    )
     expected = {name: norm / norms["layer999"] for name, norm in norms.items()}
     expected["layer999"] = 1.0
     assert_close({n: float(s) for n, s in scales.items()}, expected, 2e-6)
@@ -365,7 +369,7 @@ def test_a_thousand_layers_without_normalization_add_up_in_the_log_domain():
         params[name]["kernel"] *= (
             2 * math.exp(log / 2) / np.linalg.norm(params[name]["kernel"])
         )
-    scales = bmo.layer_scales(dense_chain(" ".join(names)), params)
+    scales = bmo.layer_scales(dense_chain(" ".join(names)), params, normalize=False)
     actual = [math.log(scale) for scale in scales.values()]
     # The moment from below and the factor from above: all gains but the layer's own.
     np.testing.assert_allclose(actual, logs - logs.sum(), atol=1e-4)
@@ -509,7 +513,9 @@ def train(apply: Any, params: Any, chain: spec.LayerChain, learning_rate: float)
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(128, 8)), jnp.float32)
     labels = jnp.argmax(inputs @ rng.normal(size=(8, 3)), axis=-1)
-    optimizer = bmo.backmatch_sgd(learning_rate, chain, weight_decay=5e-4)
+    optimizer = bmo.backmatch_sgd(
+        learning_rate, chain, weight_decay=5e-4, normalize=False
+    )
 
     def loss(params):
         logits = apply(params, inputs)
@@ -622,7 +628,9 @@ def test_the_names_of_the_layers_change_nothing(normalized):
     renamed = {n: params[o] for o, n in zip(old, new, strict=True)}
     reordered = dict(reversed(renamed.items()))
     scales, other = (
-        bmo.layer_scales(dense_chain(" ".join(names), normalized=normalized), p)
+        bmo.layer_scales(
+            dense_chain(" ".join(names), normalized=normalized), p, normalize=False
+        )
         for names, p in ((old, params), (new, reordered))
     )
     assert list(other) == new
@@ -642,17 +650,21 @@ LONG = dense_chain("a b c d e f g h i j k l")
 )
 class TestTransformations:
     def test_jit_gives_the_eager_scales(self, chain, params):
-        eager = bmo.layer_scales(chain, params)
-        jitted = jax.jit(lambda p: bmo.layer_scales(chain, p))(params)
+        eager = bmo.layer_scales(chain, params, normalize=False)
+        jitted = jax.jit(lambda p: bmo.layer_scales(chain, p, normalize=False))(params)
         for path, scale in eager.items():
             np.testing.assert_allclose(jitted[path], scale, rtol=1e-6)
 
     def test_vmap_gives_each_of_stacked_networks_its_own_scales(self, chain, params):
         networks = [jax.tree.map(lambda leaf, c=c: leaf * c, params) for c in (1, 2, 3)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
-        batched = jax.vmap(lambda p: bmo.layer_scales(chain, p))(stacked)
+        batched = jax.vmap(lambda p: bmo.layer_scales(chain, p, normalize=False))(
+            stacked
+        )
         for i, network in enumerate(networks):
-            for path, scale in bmo.layer_scales(chain, network).items():
+            for path, scale in bmo.layer_scales(
+                chain, network, normalize=False
+            ).items():
                 np.testing.assert_allclose(batched[path][i], scale, rtol=2e-5)
 
     def test_nothing_relies_on_implicit_promotion(self, chain, params):
@@ -674,7 +686,7 @@ def test_layer_scales_are_those_of_the_kernels():
     of_params = scales_of(models.CONV_NET, params)
     main = {"conv1": "kernel", "norm1": "scale", "conv2": "kernel", "norm2": "scale"}
     main["head"] = "kernel"
-    scales = bmo.layer_scales(models.CONV_NET, params)
+    scales = bmo.layer_scales(models.CONV_NET, params, normalize=False)
     assert list(scales) == list(main)
     for path, role in main.items():
         np.testing.assert_allclose(scales[path], of_params[f"{path}/{role}"], rtol=1e-6)
@@ -683,7 +695,7 @@ def test_layer_scales_are_those_of_the_kernels():
 def test_describe_shows_the_kernels_shape_and_scale_for_a_layer_with_a_bias():
     chain = spec.LayerChain([spec.Dense("fc")], input_shape=(4,))
     params = {"fc": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}}
-    header, row = bmo.describe(chain, params).splitlines()
+    header, row = bmo.describe(chain, params, normalize=False).splitlines()
     cells = dict(zip(header.split(), row.split(), strict=True))
     assert cells["kernel"] == "4*2"
     assert cells["scale"] == "1"
@@ -698,7 +710,7 @@ def test_the_floor_is_for_norms_alone():
     def of_block(curvature: Any) -> np.ndarray:
         block = spec.Block("block", weight_curvature=curvature, input_curvature=1.0)
         chain = spec.LayerChain([block, spec.Dense("head")], input_shape=(4,))
-        return np.asarray(bmo.layer_scales(chain, params)["block"])
+        return np.asarray(bmo.layer_scales(chain, params, normalize=False)["block"])
 
     np.testing.assert_allclose(
         of_block(lambda _: jnp.float32(1e-3)), of_block(1e-3), rtol=1e-6
@@ -708,7 +720,9 @@ def test_the_floor_is_for_norms_alone():
     links += [spec.Activation("sigmoid"), spec.Dense("head")]
     chain = spec.LayerChain(links, input_shape=(4,))
     default, none = (
-        bmo.layer_scales(chain, params, gains="mean_field", norm_floor=floor)
+        bmo.layer_scales(
+            chain, params, gains="mean_field", norm_floor=floor, normalize=False
+        )
         for floor in (0.1, 0.0)
     )
     assert default["block"] > 10
@@ -724,7 +738,7 @@ def test_mean_field_gains_of_units_that_saturate(name, integral, size):
     params = {"a": {"kernel": size * jnp.eye(4)}, "b": {"kernel": jnp.eye(4)}}
     links = [spec.Dense("a"), spec.Activation(name), spec.Dense("b")]
     chain = spec.LayerChain(links, input_shape=(4,))
-    scale = bmo.layer_scales(chain, params, gains="mean_field")["a"]
+    scale = bmo.layer_scales(chain, params, gains="mean_field", normalize=False)["a"]
     # A Gaussian so wide has the density of its middle wherever the slope is not zero.
     wanted = size * math.sqrt(2 * math.pi) / integral
     np.testing.assert_allclose(scale, wanted, rtol=0.04)

@@ -32,13 +32,13 @@ assert_runs_close = functools.partial(assert_trees_all_close, rtol=1e-4, atol=1e
 
 ROOT = Path(__file__).parent.parent
 MODEL = models.Mlp()
-SCALE = bmo.scale_by_backmatch(models.MLP)
+SCALE = bmo.scale_by_backmatch(models.MLP, normalize=False)
 
 
 def schedule_sgd(chain: spec.LayerChain = models.MLP) -> Any:
     """With everything that has a state: momentum and the count of a schedule."""
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.05, 3, 20)
-    return bmo.backmatch_sgd(rate, chain, weight_decay=1e-3)
+    return bmo.backmatch_sgd(rate, chain, weight_decay=1e-3, normalize=False)
 
 
 def start() -> Any:
@@ -47,7 +47,7 @@ def start() -> Any:
 
 @jax.jit
 def scales_of(params: Any) -> dict[str, jax.Array]:
-    return bmo.layer_scales(models.MLP, params)
+    return bmo.layer_scales(models.MLP, params, normalize=False)
 
 
 @jax.jit
@@ -316,7 +316,7 @@ def test_a_schedule_multiplies_the_step_and_leaves_the_scales():
     rate: Any = optax.join_schedules(
         [optax.linear_schedule(0.0, 0.1, 3), optax.cosine_decay_schedule(0.1, 5)], [3]
     )
-    tx = bmo.backmatch_sgd(rate, models.MLP, momentum=None)
+    tx = bmo.backmatch_sgd(rate, models.MLP, momentum=None, normalize=False)
     params, state = start(), tx.init(start())
     update = jax.jit(tx.update)
     for index in range(8):
@@ -423,7 +423,7 @@ def test_200_000_steps_stay_finite_and_neither_leak_nor_recompile(links):
     chain = spec.LayerChain(links, input_shape=(4,))
     normal = np.random.default_rng(0).normal
     turn = jnp.asarray(np.tri(4, k=-1) - np.tri(4, k=-1).T, jnp.float32)
-    tx = bmo.backmatch_sgd(0.02, chain, weight_decay=5e-3)
+    tx = bmo.backmatch_sgd(0.02, chain, weight_decay=5e-3, normalize=False)
     traces = []
 
     def gradient(kernel: jax.Array) -> jax.Array:

@@ -16,10 +16,14 @@ from backmatch_optax import spec
 
 EMPTY_CHAIN = spec.LayerChain([], input_shape=(8, 8, 3))
 EVERY = {
-    "empty chain": bmo.scale_by_backmatch(EMPTY_CHAIN, unlisted="identity"),
-    "conv net": bmo.scale_by_backmatch(models.CONV_NET),
-    "mean field": bmo.scale_by_backmatch(models.CONV_NET, gains="mean_field"),
-    "sgd": bmo.backmatch_sgd(0.1, models.CONV_NET, weight_decay=1e-2),
+    "empty chain": bmo.scale_by_backmatch(
+        EMPTY_CHAIN, unlisted="identity", normalize=False
+    ),
+    "conv net": bmo.scale_by_backmatch(models.CONV_NET, normalize=False),
+    "mean field": bmo.scale_by_backmatch(
+        models.CONV_NET, gains="mean_field", normalize=False
+    ),
+    "sgd": bmo.backmatch_sgd(0.1, models.CONV_NET, weight_decay=1e-2, normalize=False),
     "lsalr": bmo.scale_by_lsalr(),
 }
 every = pytest.mark.parametrize("tx", EVERY.values(), ids=EVERY)
@@ -230,9 +234,9 @@ def test_multi_steps_are_one_step_with_the_mean_gradient(tx, params):
 
 
 def test_injected_hyperparams_give_the_plain_updates(params, grads):
-    plain = bmo.backmatch_sgd(0.1, models.CONV_NET, weight_decay=1e-2)
+    plain = bmo.backmatch_sgd(0.1, models.CONV_NET, weight_decay=1e-2, normalize=False)
     injected = optax.inject_hyperparams(bmo.backmatch_sgd)(
-        0.1, models.CONV_NET, weight_decay=1e-2
+        0.1, models.CONV_NET, weight_decay=1e-2, normalize=False
     )
     results = []
     for tx in (plain, injected):
@@ -247,12 +251,14 @@ def test_injected_hyperparams_give_the_plain_updates(params, grads):
 
 def test_injected_weight_decay_may_change_between_steps(params, grads):
     tx = optax.inject_hyperparams(bmo.backmatch_sgd)(
-        0.1, models.CONV_NET, momentum=None, weight_decay=0.0
+        0.1, models.CONV_NET, momentum=None, weight_decay=0.0, normalize=False
     )
     update = jax.jit(tx.update)
     state = optax.tree.set(tx.init(params), weight_decay=jnp.float32(0.5))
     updates, _ = update(grads, state, params)
-    plain = bmo.backmatch_sgd(0.1, models.CONV_NET, momentum=None, weight_decay=0.5)
+    plain = bmo.backmatch_sgd(
+        0.1, models.CONV_NET, momentum=None, weight_decay=0.5, normalize=False
+    )
     expected, _ = plain.update(grads, plain.init(params), params)
     assert_trees_all_close(updates, expected, rtol=1e-5)
 
@@ -266,9 +272,9 @@ def test_spec_passes_through_inject_hyperparams():
     block = spec.Block("mixer", weight_curvature=curvature, input_curvature=1.0)
     chain = spec.LayerChain([block], input_shape=(4,))
     params = {"mixer": {"w": jnp.full(4, 0.5)}}
-    tx = optax.inject_hyperparams(bmo.scale_by_backmatch)(chain)
+    tx = optax.inject_hyperparams(bmo.scale_by_backmatch)(chain, normalize=False)
     updates, state = tx.update(params, tx.init(params), params)
-    assert set(optax.tree.get(state, "hyperparams")) == {"norm_floor"}
+    assert set(optax.tree.get(state, "hyperparams")) == {"norm_floor", "limit"}
     assert_trees_all_close(updates, params, rtol=1e-6)  # the sum of squares is 1
 
 

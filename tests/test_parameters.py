@@ -344,10 +344,14 @@ def test_check_spec_says_what_is_wrong(case):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda declared, params: bmo.scale_by_backmatch(declared).init(params),
-        lambda declared, params: bmo.backmatch_sgd(0.1, declared).init(params),
-        lambda declared, params: bmo.layer_scales(declared, params),
-        lambda declared, params: bmo.describe(declared, params),
+        lambda declared, params: bmo.scale_by_backmatch(declared, normalize=False).init(
+            params
+        ),
+        lambda declared, params: bmo.backmatch_sgd(0.1, declared, normalize=False).init(
+            params
+        ),
+        lambda declared, params: bmo.layer_scales(declared, params, normalize=False),
+        lambda declared, params: bmo.describe(declared, params, normalize=False),
     ],
     ids=["init", "alias", "layer_scales", "describe"],
 )
@@ -373,7 +377,7 @@ def test_every_entry_says_what_check_spec_says(call, case):
     ids=["module", "array"],
 )
 def test_a_masked_layer_is_named_with_the_way_out(mask):
-    masked = optax.masked(bmo.scale_by_backmatch(FIT), mask)
+    masked = optax.masked(bmo.scale_by_backmatch(FIT, normalize=False), mask)
     with pytest.raises(
         ValueError, match=r"'fc2' .*masked.*scale outside and mask or freeze inside"
     ) as info:
@@ -391,7 +395,11 @@ def test_a_masked_layer_is_named_with_the_way_out(mask):
 )
 def test_a_partitioned_layer_is_named_with_the_way_out(labels):
     partition = optax.partition(
-        {"train": bmo.scale_by_backmatch(FIT), "freeze": optax.set_to_zero()}, labels
+        {
+            "train": bmo.scale_by_backmatch(FIT, normalize=False),
+            "freeze": optax.set_to_zero(),
+        },
+        labels,
     )
     with pytest.raises(
         ValueError, match=r"'fc2' .*masked.*scale outside and mask or freeze inside"
@@ -403,7 +411,9 @@ def test_a_partitioned_layer_is_named_with_the_way_out(labels):
 def test_an_undeclared_masked_layer_counts_as_uncovered():
     # It might be a frozen head: without it all scales below would silently be others.
     declared = chain(spec.Dense("fc1"))
-    masked = optax.masked(bmo.scale_by_backmatch(declared), {"fc1": True, "fc2": False})
+    masked = optax.masked(
+        bmo.scale_by_backmatch(declared, normalize=False), {"fc1": True, "fc2": False}
+    )
     with pytest.raises(ValueError, match=r"no declared layer covers 'fc2") as info:
         masked.init(concrete())
     assert_is_a_message_of_the_package(info)
@@ -414,8 +424,10 @@ def test_two_networks_in_one_tree_can_have_a_chain_each():
     other = chain(spec.Dense("fc2"), input_shape=(8,))
     partition = optax.partition(
         {
-            "one": bmo.scale_by_backmatch(one, unlisted="identity"),
-            "other": bmo.scale_by_backmatch(other, unlisted="identity"),
+            "one": bmo.scale_by_backmatch(one, unlisted="identity", normalize=False),
+            "other": bmo.scale_by_backmatch(
+                other, unlisted="identity", normalize=False
+            ),
         },
         {"fc1": "one", "fc2": "other"},
     )
@@ -425,7 +437,7 @@ def test_two_networks_in_one_tree_can_have_a_chain_each():
 
 
 def test_update_without_params_says_that_it_needs_them():
-    transformation = bmo.scale_by_backmatch(FIT)
+    transformation = bmo.scale_by_backmatch(FIT, normalize=False)
     state = transformation.init(concrete())
     with pytest.raises(ValueError, match=r"update\(updates, state, params\)") as info:
         transformation.update(concrete(), state)
@@ -433,7 +445,7 @@ def test_update_without_params_says_that_it_needs_them():
 
 
 def test_update_with_params_that_do_not_fit_says_what_is_wrong():
-    transformation = bmo.scale_by_backmatch(FIT)
+    transformation = bmo.scale_by_backmatch(FIT, normalize=False)
     state = transformation.init(concrete())
     wrong = {"fc1": {"kernel": jnp.ones((4, 8))}, "fc2": {"kernel": jnp.ones((9, 2))}}
     with pytest.raises(ValueError, match=r"'fc2'.* takes 9 input features") as info:
@@ -443,7 +455,7 @@ def test_update_with_params_that_do_not_fit_says_what_is_wrong():
 
 def test_update_does_not_pass_gradients_on_where_params_are_empty():
     # Updates that come back as they were would train at SGD's rates, and nobody sees.
-    transformation = bmo.scale_by_backmatch(FIT)
+    transformation = bmo.scale_by_backmatch(FIT, normalize=False)
     state = transformation.init(concrete())
     with pytest.raises(ValueError, match="no parameter at 'fc1/kernel'") as info:
         transformation.update(concrete(), state, {})
@@ -454,9 +466,13 @@ def test_update_does_not_pass_gradients_on_where_params_are_empty():
     "call",
     [
         lambda value: bmo.check_spec(FIT, PARAMS, unlisted=value),
-        lambda value: bmo.layer_scales(FIT, concrete(), unlisted=value),
-        lambda value: bmo.describe(FIT, concrete(), unlisted=value),
-        lambda value: bmo.scale_by_backmatch(FIT, unlisted=value).init(concrete()),
+        lambda value: bmo.layer_scales(
+            FIT, concrete(), unlisted=value, normalize=False
+        ),
+        lambda value: bmo.describe(FIT, concrete(), unlisted=value, normalize=False),
+        lambda value: bmo.scale_by_backmatch(FIT, unlisted=value, normalize=False).init(
+            concrete()
+        ),
     ],
     ids=["check_spec", "layer_scales", "describe", "init"],
 )
@@ -500,10 +516,10 @@ def test_options_have_the_values_they_may_have(call, option, value, wanted):
     "call",
     [
         lambda wrong: bmo.check_spec(wrong, concrete()),
-        lambda wrong: bmo.layer_scales(wrong, concrete()),
-        lambda wrong: bmo.describe(wrong, concrete()),
-        lambda wrong: bmo.scale_by_backmatch(wrong).init(concrete()),
-        lambda wrong: bmo.backmatch_sgd(0.1, wrong).init(concrete()),
+        lambda wrong: bmo.layer_scales(wrong, concrete(), normalize=False),
+        lambda wrong: bmo.describe(wrong, concrete(), normalize=False),
+        lambda wrong: bmo.scale_by_backmatch(wrong, normalize=False).init(concrete()),
+        lambda wrong: bmo.backmatch_sgd(0.1, wrong, normalize=False).init(concrete()),
     ],
     ids=["check_spec", "layer_scales", "describe", "init", "alias"],
 )
@@ -536,7 +552,7 @@ def test_a_blocks_function_returns_a_real_scalar(name, returned):
     with pytest.raises(
         ValueError, match=rf"'mixer'.*{name} must return a real scalar"
     ) as info:
-        bmo.layer_scales(declared, params)
+        bmo.layer_scales(declared, params, normalize=False)
     assert_is_a_message_of_the_package(info)
 
 
@@ -545,8 +561,8 @@ def test_keys_may_be_numbers_and_leaves_none(put):
     dense, mixer = {"kernel": jnp.full((4, 8), 0.5)}, {5: jnp.ones(3)}
     numbered = chain(spec.Dense("0"), block("1"), spec.Scale(2.0))
     named = chain(spec.Dense("a"), block("b"), spec.Scale(2.0))
-    scales = bmo.layer_scales(numbered, put(dense, mixer))
-    expected = bmo.layer_scales(named, {"a": dense, "b": mixer})
+    scales = bmo.layer_scales(numbered, put(dense, mixer), normalize=False)
+    expected = bmo.layer_scales(named, {"a": dense, "b": mixer}, normalize=False)
     assert [*scales] == ["0", "1"]
     assert [*scales.values()] == [*expected.values()]
 
@@ -558,7 +574,8 @@ def test_a_blocks_function_gets_the_keys_of_the_parameters():
     declared = chain(block("mixer/layers", weight_curvature=curvature))
     kernels = [{"w": jnp.full(2, 2.0)}, {"w": jnp.full(3, 1.0)}]
     for layers in (kernels, dict(enumerate(kernels))):
-        scales = bmo.layer_scales(declared, {"mixer": {"layers": layers}})
+        params = {"mixer": {"layers": layers}}
+        scales = bmo.layer_scales(declared, params, normalize=False)
         assert float(scales["mixer/layers"]) == pytest.approx(1 / 11)
 
 
@@ -568,7 +585,7 @@ def test_an_error_in_a_blocks_function_is_the_users_own():
 
     declared = chain(block(weight_curvature=curvature))
     with pytest.raises(KeyError, match="kernal"):
-        bmo.layer_scales(declared, {"mixer": {"kernel": jnp.ones(3)}})
+        bmo.layer_scales(declared, {"mixer": {"kernel": jnp.ones(3)}}, normalize=False)
 
 
 # Scales are numbers: what has no values has none.
@@ -583,7 +600,9 @@ def test_scales_of_shapes_are_refused(function):
 
 def test_describe_under_jit_says_that_it_needs_numbers():
     with pytest.raises(ValueError, match=r"concrete") as info:
-        jax.jit(lambda params: print(bmo.describe(FIT, params)))(concrete())
+        jax.jit(lambda params: print(bmo.describe(FIT, params, normalize=False)))(
+            concrete()
+        )
     assert_is_a_message_of_the_package(info)
 
 

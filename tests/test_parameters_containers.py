@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 import backmatch_optax as bmo
 from backmatch_optax import spec
 
-TX = bmo.backmatch_sgd(0.01, models.CONV_NET, weight_decay=1e-2)
+TX = bmo.backmatch_sgd(0.01, models.CONV_NET, weight_decay=1e-2, normalize=False)
 STEPS = 3
 
 
@@ -92,7 +92,7 @@ def test_container_trains_bitwise_as_a_dict(params, gradients, expected, put, ta
 @every_container
 def test_updates_come_in_the_container_of_the_gradients(params, put, take):
     held = put(params)
-    tx = bmo.scale_by_backmatch(models.CONV_NET)
+    tx = bmo.scale_by_backmatch(models.CONV_NET, normalize=False)
     updates, _ = tx.update(held, tx.init(held), held)
     assert jax.tree.structure(updates) == jax.tree.structure(held)
     assert type(updates) is type(held)
@@ -105,7 +105,7 @@ def test_function_of_a_block_gets_nested_dicts_of_arrays(params, put, take):
 
     block = spec.Block("head", weight_curvature=squared_norm, input_curvature=1.0)
     chain = spec.LayerChain([block], input_shape=(6,))
-    scales = bmo.layer_scales(chain, put(params), unlisted="identity")
+    scales = bmo.layer_scales(chain, put(params), unlisted="identity", normalize=False)
     expected = 1 / jnp.sum(params["head"]["kernel"] ** 2)
     np.testing.assert_allclose(scales["head"], expected, rtol=1e-5)
 
@@ -142,7 +142,7 @@ def test_nnx_optimizer_steps_inside_nnx_jit():
     trained = []
     for step_fn in (step, nnx.jit(step)):
         model = models.NnxMlp(nnx.Rngs(0))
-        tx = bmo.backmatch_sgd(1e-3, models.MLP)
+        tx = bmo.backmatch_sgd(1e-3, models.MLP, normalize=False)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
         for _ in range(3):
             step_fn(model, optimizer)
@@ -162,7 +162,7 @@ def test_checkpoint_restores_the_scales(tmp_path):
     # Paths with slashes are keys of the state.
     chain = spec.LayerChain([spec.Dense("Block_0/Dense_1")], input_shape=(4,))
     params = {"Block_0": {"Dense_1": {"kernel": jnp.full((4, 8), 0.5)}}}
-    tx = bmo.backmatch_sgd(0.1, chain)
+    tx = bmo.backmatch_sgd(0.1, chain, normalize=False)
     _, state = tx.update(params, tx.init(params), params)
     with orbax.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
@@ -185,13 +185,15 @@ def test_layers_of_a_list_are_reached_by_their_index():
         [spec.Dense(f"blocks/{index}") for index in range(3)], input_shape=(4,)
     )
     params = nnx.state(ListOfLayers(nnx.Rngs(0)), nnx.Param)
-    scales = bmo.layer_scales(chain, params)
+    scales = bmo.layer_scales(chain, params, normalize=False)
     named = spec.LayerChain(
         [spec.Dense(name) for name in ("first", "second", "third")], input_shape=(4,)
     )
     blocks: Any = nnx.to_pure_dict(params)["blocks"]
     expected = bmo.layer_scales(
-        named, {"first": blocks[0], "second": blocks[1], "third": blocks[2]}
+        named,
+        {"first": blocks[0], "second": blocks[1], "third": blocks[2]},
+        normalize=False,
     )
     assert list(scales.values()) == list(expected.values())
 
@@ -213,14 +215,17 @@ def test_order_comes_from_the_spec_and_not_from_the_names():
         deep_mlp(names)
         for names in ([f"Dense_{i}" for i in range(12)], [*"abcdefghijkl"])
     )
-    scales, expected = bmo.layer_scales(*numbered), bmo.layer_scales(*in_order)
+    scales, expected = (
+        bmo.layer_scales(*numbered, normalize=False),
+        bmo.layer_scales(*in_order, normalize=False),
+    )
     assert list(scales) == [f"Dense_{index}" for index in range(12)]
     assert list(scales.values()) == list(expected.values())
 
 
 def test_order_of_insertion_changes_nothing():
     chain, params = deep_mlp([f"Dense_{index}" for index in range(12)])
-    tx = bmo.scale_by_backmatch(chain)
+    tx = bmo.scale_by_backmatch(chain, normalize=False)
     backwards = dict(reversed(params.items()))
     result = tx.update(backwards, tx.init(backwards), backwards)
     assert_trees_all_equal(result, tx.update(params, tx.init(params), params))

@@ -83,7 +83,7 @@ def shard(tree: Any, mesh: Mesh, axis: int) -> Any:
 @every_axis
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_types_are_kept_on_an_explicit_mesh(chain, shapes, gains, axis, jit):
-    tx = bmo.backmatch_sgd(0.1, chain, gains=gains)
+    tx = bmo.backmatch_sgd(0.1, chain, gains=gains, normalize=False)
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
         params = shard(random_params(shapes), mesh, axis)
@@ -100,8 +100,10 @@ def test_scales_on_an_explicit_mesh_are_those_of_one_device(chain, shapes, gains
     params = random_params(shapes)
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        scales = bmo.layer_scales(chain, shard(params, mesh, axis), gains=gains)
-    expected = bmo.layer_scales(chain, params, gains=gains)
+        scales = bmo.layer_scales(
+            chain, shard(params, mesh, axis), gains=gains, normalize=False
+        )
+    expected = bmo.layer_scales(chain, params, gains=gains, normalize=False)
     assert_trees_all_close(scales, expected, rtol=1e-5)
 
 
@@ -111,7 +113,7 @@ def test_scales_on_an_explicit_mesh_are_those_of_one_device(chain, shapes, gains
 @every_net
 @every_axis
 def test_sharded_params_train_as_on_one_device(chain, shapes, gains, axis):
-    tx = bmo.backmatch_sgd(0.1, chain, gains=gains)
+    tx = bmo.backmatch_sgd(0.1, chain, gains=gains, normalize=False)
     params, grads = random_params(shapes), random_params(shapes, seed=1)
     expected = tx.update(grads, tx.init(params), params)
     mesh = make_mesh(AxisType.Auto)
@@ -123,7 +125,7 @@ def test_sharded_params_train_as_on_one_device(chain, shapes, gains, axis):
 @every_net
 @every_axis
 def test_updates_keep_the_sharding_of_their_gradients(chain, shapes, gains, axis):
-    tx = bmo.scale_by_backmatch(chain, gains=gains)
+    tx = bmo.scale_by_backmatch(chain, gains=gains, normalize=False)
     params = shard(random_params(shapes), make_mesh(AxisType.Auto), axis)
     updates: Any = jax.jit(tx.update)(params, tx.init(params), params)[0]
     for update, param in zip(
@@ -134,7 +136,7 @@ def test_updates_keep_the_sharding_of_their_gradients(chain, shapes, gains, axis
 
 def collectives(params: Any, chain: spec.LayerChain) -> set[str]:
     """The kinds of communication in one compiled update."""
-    tx = bmo.scale_by_backmatch(chain)
+    tx = bmo.scale_by_backmatch(chain, normalize=False)
     compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
     kinds = r"all-(?:reduce|gather|to-all)|collective-\w+|reduce-scatter"
     return set(re.findall(kinds, compiled.as_text() or ""))
@@ -159,7 +161,7 @@ def test_sharded_params_are_reduced_and_never_gathered(axis):
 
 def test_pmap_replicas_stay_equal_and_train_as_one_device():
     model = models.Mlp()
-    tx = bmo.backmatch_sgd(0.01, models.MLP)
+    tx = bmo.backmatch_sgd(0.01, models.MLP, normalize=False)
     start = models.init_params(model, models.MLP)
     normal = np.random.default_rng(0).normal
     inputs = jnp.asarray(normal(size=(DEVICES * 4, 8)), jnp.float32)

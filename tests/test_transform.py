@@ -41,7 +41,9 @@ def one_step(tx: optax.GradientTransformation, grads: Any, params: Any) -> Any:
 
 def test_update_is_gradient_times_scale():
     grads = models.random_like(PAPER_PARAMS)
-    updates, _ = one_step(bmo.scale_by_backmatch(PAPER_NET), grads, PAPER_PARAMS)
+    updates, _ = one_step(
+        bmo.scale_by_backmatch(PAPER_NET, normalize=False), grads, PAPER_PARAMS
+    )
     expected = jax.tree.map(jnp.multiply, grads, PAPER_SCALES)
     assert_trees_all_close(updates, expected, rtol=1e-6)
 
@@ -94,7 +96,7 @@ def test_layers_out_of_balance_train_as_those_in_balance(gains):
             losses.append(float(loss))
         return losses
 
-    scale = bmo.scale_by_backmatch(net, gains=gains, norm_floor=0)
+    scale = bmo.scale_by_backmatch(net, gains=gains, norm_floor=0, normalize=False)
     balanced = trained(params, scale)
     np.testing.assert_allclose(trained(unbalanced, scale), balanced, rtol=1e-3)
     assert balanced[-1] < 0.9 * balanced[0]
@@ -119,7 +121,7 @@ def test_each_parameter_of_a_conv_net_gets_the_scale_of_the_reference():
     expected = reference.layer_scales(
         layers, jax.tree.map(np.asarray, params), models.CONV_NET.input_shape
     )
-    tx = bmo.scale_by_backmatch(models.CONV_NET)
+    tx = bmo.scale_by_backmatch(models.CONV_NET, normalize=False)
     ones = optax.tree.ones_like(params)
     updates, _ = jax.jit(tx.update)(ones, tx.init(params), params)
     for layer, roles in updates.items():
@@ -131,13 +133,15 @@ def test_empty_chain_is_the_identity():
     empty = spec.LayerChain([], input_shape=(4,))
     grads = models.random_like(PAPER_PARAMS)
     updates, _ = one_step(
-        bmo.scale_by_backmatch(empty, unlisted="identity"), grads, PAPER_PARAMS
+        bmo.scale_by_backmatch(empty, unlisted="identity", normalize=False),
+        grads,
+        PAPER_PARAMS,
     )
     assert_trees_all_equal(updates, grads)
 
 
 def test_unlisted_parameter_passes_through_bitwise():
-    tx = bmo.scale_by_backmatch(PAPER_NET, unlisted="identity")
+    tx = bmo.scale_by_backmatch(PAPER_NET, unlisted="identity", normalize=False)
     params = PAPER_PARAMS | {"temperature": jnp.ones(3)}
     grads = models.random_like(params)
     updates, _ = one_step(tx, grads, params)
@@ -145,7 +149,7 @@ def test_unlisted_parameter_passes_through_bitwise():
 
 
 def test_missing_params_raise():
-    tx = bmo.scale_by_backmatch(PAPER_NET)
+    tx = bmo.scale_by_backmatch(PAPER_NET, normalize=False)
     with pytest.raises(ValueError, match=r"update\(updates, state, params\)"):
         tx.update(PAPER_PARAMS, tx.init(PAPER_PARAMS))
 
@@ -168,7 +172,7 @@ def test_block_gives_all_its_parameters_one_scale():
         "fc2": {"kernel": jnp.full((8, 2), 0.5)},
     }
     ones = optax.tree.ones_like(params)
-    updates, _ = one_step(bmo.scale_by_backmatch(chain), ones, params)
+    updates, _ = one_step(bmo.scale_by_backmatch(chain, normalize=False), ones, params)
     # fc2 hands on m = F / in = 4 / 8.
     expected = optax.tree.full_like(params["mixer"], 1 / (0.5 * 8.0))
     assert_trees_all_close(updates["mixer"], expected, rtol=1e-6)
@@ -182,8 +186,10 @@ def test_float64_gradients_are_scaled_in_float64():
             lambda leaf: jnp.asarray(leaf, jnp.float64) + 0.1, PAPER_PARAMS
         )
         gradient = optax.tree.full_like(params, 1 / 3)
-        updates, _ = one_step(bmo.scale_by_backmatch(PAPER_NET), gradient, params)
-        scale = bmo.layer_scales(PAPER_NET, params)["fc1"]
+        updates, _ = one_step(
+            bmo.scale_by_backmatch(PAPER_NET, normalize=False), gradient, params
+        )
+        scale = bmo.layer_scales(PAPER_NET, params, normalize=False)["fc1"]
         expected = np.full((4, 8), float(scale) / 3)
     np.testing.assert_allclose(updates["fc1"]["kernel"], expected, rtol=1e-14)
 
@@ -195,7 +201,7 @@ def test_float16_gradients_meet_scales_beyond_float16():
     }
     chain = spec.LayerChain([spec.Dense("fc1"), spec.Dense("fc2")], input_shape=(4,))
     gradient = optax.tree.full_like(params, 2.0**-10)
-    tx = bmo.scale_by_backmatch(chain, norm_floor=0.0)
+    tx = bmo.scale_by_backmatch(chain, norm_floor=0.0, normalize=False)
     updates, _ = one_step(tx, gradient, params)
     # m = F / in = 2**-19
     np.testing.assert_allclose(updates["fc1"]["kernel"], 2.0**9, rtol=1e-3)
@@ -205,33 +211,37 @@ def test_float16_gradients_meet_scales_beyond_float16():
 
 
 def test_state_starts_as_ones_by_path():
-    state = bmo.scale_by_backmatch(PAPER_NET).init(PAPER_PARAMS)
+    state = bmo.scale_by_backmatch(PAPER_NET, normalize=False).init(PAPER_PARAMS)
     scales = optax.tree.get(state, "layer_scales")
     assert scales == {"fc1": 1.0, "norm": 1.0, "fc2": 1.0}
 
 
 def test_state_holds_the_scale_of_each_layers_kernel():
-    tx = bmo.scale_by_backmatch(PAPER_NET)
+    tx = bmo.scale_by_backmatch(PAPER_NET, normalize=False)
     _, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)
     assert isinstance(state, bmo.ScaleByBackmatchState)
     assert_trees_all_close(state.layer_scales, PAPER_LAYER_SCALES, rtol=1e-6)
 
 
 def test_state_is_float32_scalars_before_and_after_a_step():
-    tx = bmo.scale_by_backmatch(PAPER_NET)
+    tx = bmo.scale_by_backmatch(PAPER_NET, normalize=False)
     before = tx.init(PAPER_PARAMS)
     _, after = tx.update(PAPER_PARAMS, before, PAPER_PARAMS)
     for leaf in jax.tree.leaves((before, after)):
         assert jax.typeof(leaf) == jax.typeof(jnp.float32(1))
 
 
-SGD = bmo.backmatch_sgd(0.1, PAPER_NET)
+SGD = bmo.backmatch_sgd(0.1, PAPER_NET, normalize=False)
 WRAPPED = {
     "nested chains": optax.chain(
         optax.identity(),
-        optax.chain(optax.scale(2.0), bmo.scale_by_backmatch(PAPER_NET)),
+        optax.chain(
+            optax.scale(2.0), bmo.scale_by_backmatch(PAPER_NET, normalize=False)
+        ),
     ),
-    "inject_hyperparams": optax.inject_hyperparams(bmo.backmatch_sgd)(0.1, PAPER_NET),
+    "inject_hyperparams": optax.inject_hyperparams(bmo.backmatch_sgd)(
+        0.1, PAPER_NET, normalize=False
+    ),
     "MultiSteps": optax.MultiSteps(SGD, every_k_schedule=1).gradient_transformation(),
 }
 
@@ -247,7 +257,9 @@ def test_scales_are_read_from_inside_wrappers(tx):
 
 
 def test_weight_decay_before_the_scale_is_scaled_too():
-    tx = bmo.backmatch_sgd(1.0, PAPER_NET, momentum=None, weight_decay=0.1)
+    tx = bmo.backmatch_sgd(
+        1.0, PAPER_NET, momentum=None, weight_decay=0.1, normalize=False
+    )
     grads = models.random_like(PAPER_PARAMS)
     updates, _ = one_step(tx, grads, PAPER_PARAMS)
     expected = jax.tree.map(
@@ -257,7 +269,9 @@ def test_weight_decay_before_the_scale_is_scaled_too():
 
 
 def test_momentum_accumulates_scaled_gradients():
-    tx = bmo.backmatch_sgd(1.0, PAPER_NET, momentum=0.5, nesterov=False)
+    tx = bmo.backmatch_sgd(
+        1.0, PAPER_NET, momentum=0.5, nesterov=False, normalize=False
+    )
     # Two steps at different parameters, hence with different scales.
     steps = [(models.random_like(PAPER_PARAMS, seed), PAPER_PARAMS) for seed in (1, 2)]
     steps[1] = (steps[1][0], models.random_like(PAPER_PARAMS, 3))
@@ -265,7 +279,10 @@ def test_momentum_accumulates_scaled_gradients():
     updates = None
     for grads, params in steps:
         updates, state = tx.update(grads, state, params)
-    scaled = [one_step(bmo.scale_by_backmatch(PAPER_NET), *step)[0] for step in steps]
+    scaled = [
+        one_step(bmo.scale_by_backmatch(PAPER_NET, normalize=False), *step)[0]
+        for step in steps
+    ]
     expected = jax.tree.map(lambda old, new: -(0.5 * old + new), *scaled)
     assert_trees_all_close(updates, expected, rtol=1e-5)
 
@@ -273,11 +290,11 @@ def test_momentum_accumulates_scaled_gradients():
 def test_backmatch_sgd_is_the_chain_in_its_docstring():
     mask = jax.tree.map(lambda leaf: leaf.ndim > 1, PAPER_PARAMS)
     alias = bmo.backmatch_sgd(
-        0.02, PAPER_NET, weight_decay=5e-4, weight_decay_mask=mask
+        0.02, PAPER_NET, weight_decay=5e-4, weight_decay_mask=mask, normalize=False
     )
     chain = optax.chain(
         optax.add_decayed_weights(5e-4, mask),
-        bmo.scale_by_backmatch(PAPER_NET),
+        bmo.scale_by_backmatch(PAPER_NET, normalize=False),
         optax.sgd(0.02, momentum=0.9, nesterov=True),
     )
     results = []
@@ -292,7 +309,7 @@ def test_backmatch_sgd_is_the_chain_in_its_docstring():
 
 def test_learning_rate_may_be_a_schedule():
     schedule = optax.piecewise_constant_schedule(1.0, {1: 0.25})
-    tx = bmo.backmatch_sgd(schedule, PAPER_NET, momentum=None)
+    tx = bmo.backmatch_sgd(schedule, PAPER_NET, momentum=None, normalize=False)
     first, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)
     second, _ = tx.update(PAPER_PARAMS, state, PAPER_PARAMS)
     assert_trees_all_close(second, optax.tree.scale(0.25, first), rtol=1e-6)
@@ -304,7 +321,7 @@ def test_loss_goes_down_on_a_regression():
     inputs = jax.random.normal(jax.random.key(1), (64, *models.MLP.input_shape))
     teacher = models.init_params(model, models.MLP, seed=2)
     targets: Any = model.apply({"params": teacher}, inputs)
-    tx = bmo.backmatch_sgd(0.02, models.MLP)
+    tx = bmo.backmatch_sgd(0.02, models.MLP, normalize=False)
 
     def loss_of(params: Any) -> jax.Array:
         outputs: Any = model.apply({"params": params}, inputs)

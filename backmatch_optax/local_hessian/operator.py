@@ -11,8 +11,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from backmatch_optax.parameters import text
-
 BlockFn = Callable[[Any, jax.Array], jax.Array]
 
 
@@ -25,7 +23,7 @@ BlockFn = Callable[[Any, jax.Array], jax.Array]
 class LocalHessian:
     """A local Hessian as products with vectors; a pytree, to be passed through `jit`.
 
-    Made by `input_hessian` and `weight_hessian`, which check what they are given.
+    Made by `input_hessian` and `weight_hessian`, which check their arguments.
     """
 
     fn: BlockFn
@@ -61,31 +59,42 @@ class LocalHessian:
           >>> print(hessian.product(z).ravel())  # W^T W, LH (8), for each example
           [25. 25.]
         """
-        return product_with(self)(v)
+        linear = factor(self)
+        if self.target is not None:
+            return linear(v)
+        return jax.linear_transpose(linear, self.point)(linear(v))[0]
 
 
-def output_at(hessian: LocalHessian, point: Any) -> jax.Array:
-    """What `fn` returns where the input or the weights are `point`."""
-    if hessian.wrt == "input":
-        return hessian.fn(hessian.params, point)
-    # Divided here, so that J^T J is a mean over the batch.
-    return hessian.fn(point, hessian.z) / math.sqrt(hessian.z.shape[0])
+def factor(hessian: LocalHessian) -> Callable[[Any], Any]:
+    """The Jacobian `J` where the Hessian is `J^T J`, else the Hessian, as a linear map.
 
+    Its singular values, squared where it is `J`, are the eigenvalues' sizes. The block
+    itself runs once.
+    """
+    of_input = hessian.wrt == "input"
+    # Divided before the squares, so that J^T J is a mean over the batch.
+    root = 1.0 if of_input else math.sqrt(hessian.z.shape[0])
 
-def product_with(hessian: LocalHessian) -> Callable[[Any], Any]:
-    """Products with the Hessian; the block itself runs once."""
-    point = hessian.point
+    def output(x: Any) -> jax.Array:
+        inputs = (hessian.params, x) if of_input else (x, hessian.z)
+        return hessian.fn(*inputs) / root
+
     if hessian.target is None:
-        jacobian = jax.linearize(lambda x: output_at(hessian, x), point)[1]
-        transposed = jax.linear_transpose(jacobian, point)
-        return lambda v: transposed(jacobian(v))[0]
-    batch = hessian.z.shape[0] if hessian.wrt == "weights" else 1
-    target = hessian.target / math.sqrt(batch)
+        return jax.linearize(output, hessian.point)[1]
+    target = hessian.target / root
 
     def loss(x: Any) -> jax.Array:
-        return jnp.sum(jnp.square(output_at(hessian, x) - target)) / 2
+        return jnp.sum(jnp.square(output(x) - target)) / 2
 
-    return jax.linearize(jax.grad(loss), point)[1]
+    return jax.linearize(jax.grad(loss), hessian.point)[1]
+
+
+def factor_shape(hessian: LocalHessian) -> tuple[int, int]:
+    """Rows and columns of the factor."""
+    if hessian.target is not None:
+        return hessian.size, hessian.size
+    output = jax.eval_shape(hessian.fn, hessian.params, hessian.z)
+    return output.size, hessian.size
 
 
 def input_hessian(
@@ -94,18 +103,17 @@ def input_hessian(
     r"""The local Hessian of a block with respect to its input (LH 6, 8, 13, 17).
 
     Args:
-      fn: the block, `fn(params, z)`, twice differentiable in forward mode where a
-        target is given, once where not. Give the same function object again to reuse
-        what was compiled.
+      fn: the block, `fn(params, z)`, differentiable in forward mode, twice with a
+        target. Pass the same function object again to reuse what was compiled.
       params: the block's parameters, a tree of arrays; `{}` where there are none.
       z: the block's input, with the batch as first axis and of real floating dtype.
-      target: what the output should be, :math:`z_b^{k+1/2}` of LH (5): the output minus
-        the gradient of the loss with respect to it, for back-propagation. None leaves
-        the Gauss-Newton part, which is the whole for a target that is the output
-        itself, and for a block that is linear in `z`.
+      target: what the output should be, :math:`z_b^{k+1/2}` of LH (5). In
+        back-propagation that is the output minus the loss's gradient there. None leaves
+        the Gauss-Newton part. It is all there is where the target is met, and for a
+        block that is linear in `z`.
 
     Returns:
-      The operator, of `z.size` rows and columns.
+      The operator, with a row and a column for each number in `z`.
 
     Raises:
       ValueError: where `z`, the target or the output is not an array of real floating
@@ -135,9 +143,8 @@ def weight_hessian(
 
     Args:
       fn: the block, as in `input_hessian`.
-      params: the block's parameters, a tree of arrays of real floating dtype, at least
-        one.
-      z: the block's input, with the batch as first axis and of real floating dtype.
+      params: the block's parameters, one or more arrays of real floating dtype.
+      z: as in `input_hessian`.
       target: as in `input_hessian`.
 
     Returns:
@@ -161,7 +168,8 @@ def weight_hessian(
     if not leaves:
         raise ValueError("params holds no array, so the block has no weight Hessian")
     for path, leaf in leaves:
-        _check_float(leaf, f"parameter {text(path)!r}")
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        _check_float(leaf, f"parameter {name!r}")
     _check_block(fn, params, z, target)
     return LocalHessian(fn=fn, wrt="weights", params=params, z=z, target=target)
 
@@ -169,14 +177,14 @@ def weight_hessian(
 def _check_block(fn: BlockFn, params: Any, z: Any, target: Any) -> None:
     if not callable(fn):
         raise ValueError(f"fn (={fn!r}) must be a function of params and z")
-    _check_batched(z, "z")
+    _check_float(z, "z", batched=True)
     output = jax.eval_shape(fn, params, z)
     if not isinstance(output, jax.ShapeDtypeStruct):
+        structure = jax.tree.structure(output)
         raise ValueError(
-            "fn must return one array, the block's output, but it returned "
-            f"{jax.tree.structure(output)}"
+            f"fn must return one array, the block's output, but it returned {structure}"
         )
-    _check_batched(output, "the output of fn")
+    _check_float(output, "the output of fn", batched=True)
     if output.shape[0] != z.shape[0]:
         raise ValueError(
             f"fn must keep the batch as first axis, but it made {output.shape} of z's "
@@ -184,24 +192,20 @@ def _check_block(fn: BlockFn, params: Any, z: Any, target: Any) -> None:
         )
     if target is not None:
         _check_float(target, "target")
-        if jnp.shape(target) != output.shape:
+        if target.shape != output.shape:
             raise ValueError(
                 f"target must have the output's shape {output.shape}, but it has "
-                f"{jnp.shape(target)}"
+                f"{target.shape}"
             )
 
 
-def _check_float(array: Any, name: str) -> None:
+def _check_float(array: Any, name: str, *, batched: bool = False) -> None:
     dtype = getattr(array, "dtype", None)
     if dtype is None:
         raise ValueError(f"{name} must be an array, but it is a {type(array).__name__}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be of a real floating dtype, but it is {dtype}")
-
-
-def _check_batched(array: Any, name: str) -> None:
-    _check_float(array, name)
-    if array.ndim < 1 or 0 in array.shape:
+    if batched and (array.ndim < 1 or 0 in array.shape):
         raise ValueError(
             f"{name} must have the batch as first axis and no empty axis, but its "
             f"shape is {array.shape}"

@@ -10,25 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax.local_hessian.estimates import (
-    NUM_MATVECS,
-    Condition,
-    MeanDiagonal,
-    check_count,
-    condition,
-    mean_diagonal,
-)
-from backmatch_optax.local_hessian.flat import factor_rows, is_small
+from backmatch_optax.local_hessian.estimates import MeanDiagonal, mean_diagonal
+from backmatch_optax.local_hessian.extremes import Condition, condition, is_small
+from backmatch_optax.local_hessian.krylov import NUM_MATVECS
 from backmatch_optax.local_hessian.operator import (
     BlockFn,
     LocalHessian,
+    factor_shape,
     input_hessian,
     weight_hessian,
 )
+from backmatch_optax.numerics import checked_count
+from backmatch_optax.text import aligned
 
 
 class BlockReport(NamedTuple):
-    """One block of a `Report`; the weights' numbers are None for a block without."""
+    """One block of a `Report`; without weights their two numbers are None."""
 
     m_z: MeanDiagonal
     input_condition: Condition
@@ -47,10 +44,7 @@ class Report:
         for name, block in self.blocks.items():
             of_input = _texts(block.m_z, block.input_condition)
             rows.append((name, *of_input, *_texts(block.m_W, block.weight_condition)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
-        )
+        return aligned(rows)
 
 
 def _texts(
@@ -71,29 +65,28 @@ def report(
 ) -> Report:
     """Scores blocks by their local Hessians, as LH (section 4) suggests for design.
 
-    A block is good to back-propagate through where the condition number of `H_z` is
-    low, and good to train where that of `H_W` is. Give the blocks of a model, or one
-    block in variants: plain, with batch normalisation, with a skip connection.
+    A low condition number of `H_z` makes a block good to back-propagate through. A low
+    one of `H_W` makes it good to train. Pass the blocks of a model, or one block in
+    variants: plain, with batch normalisation, with a skip connection.
 
-    `H_z` is here with respect to the first example's input, the others held fixed, and
+    Here `H_z` is with respect to the first example's input, with the others fixed.
     `H_W` is the mean over the batch.
 
     Args:
       blocks: by name, the block's function, parameters and input, as `input_hessian`
-        takes them. A batch that is too small for the parameters leaves `H_W` with
-        zeros.
+        takes them. A batch too small for the parameters leaves zeros in `H_W`.
       key: key of the random probes.
-      num_matvecs: of the larger blocks, see `condition`.
-      num_probes: of the means, see `mean_diagonal`.
+      num_matvecs: for the larger blocks, see `condition`.
+      num_probes: for the means, see `mean_diagonal`.
 
     Returns:
-      A `Report`; printed, it is a table of the mean eigenvalues `m_z` and `m_W`, the
+      A `Report`. Printed, it is a table of the mean eigenvalues `m_z` and `m_W`, the
       condition numbers, `>=` where they are lower bounds, and the shares of zeros.
 
     Raises:
-      ValueError: where a count is below 1, or a block is none, see `input_hessian`; the
-        block is named.
-      ImportError: where matfree is not installed.
+      ValueError: where a count is below 1, or a block is refused, see `input_hessian`.
+        The message names the block.
+      ImportError: where a block is large and matfree is not installed.
 
     Examples:
       >>> import jax
@@ -110,10 +103,11 @@ def report(
       plain      0.05  9         0.0%   0.5  1         0.0%
       with skip  1.45  1.4       0.0%   0.5  1         0.0%
     """
-    check_count("num_probes", num_probes)
-    check_count("num_matvecs", num_matvecs)
+    checked_count("num_probes", num_probes)
+    checked_count("num_matvecs", num_matvecs)
     scored = {}
     for index, (name, block) in enumerate(blocks.items()):
+        probe = jax.random.fold_in(key, index)
         try:
             fn, params, z = block
         except (TypeError, ValueError):
@@ -126,11 +120,10 @@ def report(
             if jax.tree.leaves(params):
                 hessians.append(weight_hessian(fn, params, z))
             scores: list[Any] = []
-            for number, hessian in enumerate(hessians):
-                probe = jax.random.fold_in(jax.random.fold_in(key, index), number)
-                scores.append(mean_diagonal(hessian, key=probe, num_probes=num_probes))
-                most = min(num_matvecs, factor_rows(hessian), hessian.size)
+            for hessian in hessians:
+                most = min(num_matvecs, *factor_shape(hessian))
                 matvecs = None if is_small(hessian) else most
+                scores.append(mean_diagonal(hessian, key=probe, num_probes=num_probes))
                 scores.append(condition(hessian, key=probe, num_matvecs=matvecs))
         except ValueError as error:
             raise ValueError(f"block {name!r}: {error}") from error
@@ -141,8 +134,7 @@ def report(
 def _of_first_example(fn: BlockFn, params: Any, z: jax.Array) -> LocalHessian:
     alone = np.asarray(fn(params, z[:1]), np.float64)
     together = np.asarray(fn(params, z), np.float64)
-    largest = np.abs(together).max()
-    if np.allclose(alone, together[:1], rtol=0, atol=1e-3 * largest):
+    if np.abs(alone - together[:1]).max() <= 1e-3 * np.abs(together).max():
         return input_hessian(fn, params, z[:1])
     others = z[1:]  # a normalisation by the batch couples them to the first
 

@@ -143,7 +143,8 @@ class Link:
       >>> chain = spec.LayerChain(links, input_shape=(4,))
       >>> gamma, kernel = jnp.full(4, 2.0), jnp.ones((4, 8))
       >>> params = {"scale": {"gamma": gamma}, "fc": {"kernel": kernel}}
-      >>> for path, scale in bmo.layer_scales(chain, params).items():
+      >>> scales = bmo.layer_scales(chain, params, normalize=False)
+      >>> for path, scale in scales.items():
       ...     print(path, scale.round(4))
       scale 0.125
       fc 0.25

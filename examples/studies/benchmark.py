@@ -27,6 +27,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data, methods, models, training
+from examples.arguments import whole
 from examples.studies.cifar import cpu
 
 METHODS = ("sgd", "backmatch", "lars", "lamb", "adamw", "muon")
@@ -215,9 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="What the method costs beside others.",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rounds", type=int, default=100, help="times each is timed")
+    parser.add_argument(
+        "--rounds", type=whole(1), default=100, help="times each is timed"
+    )
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
-    parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS))
+    parser.add_argument("--depths", nargs="+", type=whole(1), default=list(DEPTHS))
     options = parser.parse_args(arguments)
     print(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "

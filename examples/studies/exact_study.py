@@ -37,6 +37,7 @@ import backmatch_optax as bmo
 from backmatch_optax import spec
 from backmatch_optax.exact import linen as exact_linen
 from examples import data, methods, models
+from examples.arguments import whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -301,7 +302,7 @@ def compare_directions(problem: Problem, images: int) -> list[dict[str, Any]]:
     @jax.jit
     def directions(params: Any, state: Any) -> Any:
         (_, _), gradient = loss_and_gradient(problem, nn, {})(params, state, x, y)
-        scales = bmo.layer_scales(problem.chain, params)
+        scales = bmo.layer_scales(problem.chain, params, normalize=False)
         scalar = {path: scales[path] * gradient[path]["kernel"] for path in scales}
         exact = {}
         for damping in DAMPINGS:
@@ -545,11 +546,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         default=[name for name in SETTINGS if name != "kfac"],
         help="kfac needs kfac-jax, and is slow on convolutions",
     )
-    parser.add_argument("--steps", type=int, default=100, help="of LeNet; twice of MLP")
-    parser.add_argument("--images", type=int, default=1024, help="of the directions")
-    parser.add_argument("--train-images", type=int, default=10000, help="at most")
-    parser.add_argument("--seeds", type=int, default=3, help="of the final runs")
-    parser.add_argument("--rounds", type=int, default=20, help="of the timing")
+    parser.add_argument(
+        "--steps", type=whole(1), default=100, help="of LeNet; twice of MLP"
+    )
+    parser.add_argument(
+        "--images", type=whole(1), default=1024, help="of the directions"
+    )
+    parser.add_argument("--train-images", type=whole(1), default=10000, help="at most")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="of the final runs")
+    parser.add_argument("--rounds", type=whole(1), default=20, help="of the timing")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"))
     options = parser.parse_args(arguments)
     print(f"jax {jax.__version__} on {jax.default_backend()}")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data
+from examples.arguments import whole
 
 INITIALIZERS: dict[str, Callable[[], nn.initializers.Initializer]] = {
     "xavier": nn.initializers.xavier_normal,
@@ -115,7 +116,7 @@ def optimizer(
     """Weight decay, the scale or none, then Nesterov momentum or Adam."""
     parts = [optax.add_decayed_weights(1e-4)]
     if backmatch:
-        parts.append(bmo.scale_by_backmatch(chain))
+        parts.append(bmo.scale_by_backmatch(chain, normalize=False))
     if lesson.adam:
         return optax.chain(*parts, optax.adam(rate))
     if lesson.momentum is None:
@@ -200,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
         "size, dropout, early stopping and Adam, under SGD and backmatch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the data")
+    parser.add_argument(
+        "--epochs", type=whole(1), default=15, help="passes over the data"
+    )
     parser.add_argument(
         "--lessons",
         nargs="+",

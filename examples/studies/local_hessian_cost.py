@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import local_hessian
-from backmatch_optax.local_hessian import estimates
+from backmatch_optax.local_hessian import estimates, extremes
 from examples import models
+from examples.arguments import whole
 
 MATVECS = 16  # products of a spectrum or of a condition number
 PROBES = 8  # products of a mean diagonal
@@ -86,7 +87,7 @@ def costs(features: int, batch: int, rounds: int) -> dict[str, Cost]:
         ),
         f"condition number, {MATVECS} products": (
             partial(local_hessian.condition, hessian, key=key, num_matvecs=MATVECS),
-            estimates._bidiagonal.lower(hessian, key, MATVECS),
+            extremes._bidiagonal.lower(hessian, key, MATVECS),
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in programs}
@@ -110,10 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="What spectra of local Hessians cost beside a gradient.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--rounds", type=int, default=5, help="runs timed of each")
-    parser.add_argument("--batch", type=int, default=8, help="images of 32x32")
+    parser.add_argument("--rounds", type=whole(1), default=5, help="runs timed of each")
+    parser.add_argument("--batch", type=whole(1), default=8, help="images of 32x32")
     parser.add_argument(
-        "--features", nargs="+", type=int, default=[8, 16, 32], help="of the blocks"
+        "--features",
+        nargs="+",
+        type=whole(1),
+        default=[8, 16, 32],
+        help="of the blocks",
     )
     options = parser.parse_args(arguments)
     print(

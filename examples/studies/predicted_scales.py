@@ -21,6 +21,7 @@ import matplotlib
 
 import backmatch_optax as bmo
 from examples import data, models
+from examples.arguments import whole
 from examples.studies.cifar import cpu
 from examples.training import train_logits
 
@@ -78,7 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         help="what the networks see; noise needs no data",
     )
     parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its data")
-    parser.add_argument("--images", type=int, default=128, help="size of the batch")
+    parser.add_argument(
+        "--images", type=whole(1), default=128, help="size of the batch"
+    )
     parser.add_argument(
         "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)
     )

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data, models
+from examples.arguments import whole
 from examples.studies.cifar import cpu
 from examples.training import loss_and_gradient
 
@@ -118,7 +119,7 @@ def optimizer(
     if method == "sgd":
         return optax.sgd(rate, momentum=0.9, nesterov=True)
     normalize = method == "backmatch, normalized"
-    return bmo.backmatch_sgd(rate, chain, normalize=normalize)
+    return bmo.backmatch_sgd(rate, chain, normalize=normalize, limit=None)
 
 
 def images_for(network: Network, images: np.ndarray, dataset: data.Dataset):
@@ -274,14 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, list[flo
         help="lenet needs CIFAR-10 and -100",
     )
     parser.add_argument(
-        "--steps", type=int, default=300, help="training steps of a run"
+        "--steps", type=whole(1), default=300, help="training steps of a run"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs at each rate")
+    parser.add_argument("--seeds", type=whole(1), default=3, help="runs at each rate")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/transfer"))
     options = parser.parse_args(arguments)
-    for name in ("steps", "seeds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
     datasets: dict[str, data.Dataset] = {}
     curves: Curves = {}
     found: dict[str, dict[str, list[float]]] = {}

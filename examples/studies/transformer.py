@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import backmatch_optax as bmo
 from examples import data
+from examples.arguments import whole
 
 CANDIDATES = {
     "sgd": (0.01, 0.03, 0.1, 0.3, 1.0),
@@ -59,7 +60,9 @@ def optimizer(method: str, rate: float) -> optax.GradientTransformationExtraArgs
     sgd = optax.sgd(rate, momentum=0.9, nesterov=True)
     if method == "sgd":
         return optax.with_extra_args_support(sgd)
-    return optax.chain(bmo.scale_by_measured_backmatch(key=jax.random.key(0)), sgd)
+    return optax.chain(
+        bmo.scale_by_measured_backmatch(key=jax.random.key(0), normalize=False), sgd
+    )
 
 
 def images_of(images: np.ndarray, dataset: data.Dataset) -> np.ndarray:
@@ -112,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
         "backmatch, each tuned with the same budget.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the data")
+    parser.add_argument(
+        "--epochs", type=whole(1), default=15, help="passes over the data"
+    )
     options = parser.parse_args(arguments)
     digits = data.load("digits")
     held_out = digits.hold_out(0.2)

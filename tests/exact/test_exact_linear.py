@@ -120,7 +120,7 @@ def test_the_scalar_rule_is_exact_where_its_approximations_hold(x64):
         return jax.jit(jax.grad(loss))(params)
 
     chain = spec.LayerChain([spec.Dense(path) for path in params], input_shape=(6,))
-    scales = bmo.layer_scales(chain, params)
+    scales = bmo.layer_scales(chain, params, normalize=False)
     ordinary, matched = directions_by(jnp.matmul), directions_by(exact.dense)
     for path, scale in scales.items():
         np.testing.assert_allclose(
@@ -146,7 +146,7 @@ def test_the_scalar_rule_of_a_convolution_is_exact_where_its_approximations_hold
         [spec.Dense("below"), spec.Conv("cv", padding="CIRCULAR")],
         input_shape=(5, 5, 2),
     )
-    scales = bmo.layer_scales(chain, params)
+    scales = bmo.layer_scales(chain, params, normalize=False)
     np.testing.assert_allclose(found[1], scales["cv"] * expected[1], rtol=1e-9)
     below = 25 * scales["below"]  # which has 25 positions of its own
     np.testing.assert_allclose(found[0], below * expected[0], rtol=1e-9)

@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +30,8 @@ from examples.studies.cifar.experiments import (
 from examples.training import loss_and_gradient
 
 # Small enough that a run is mostly its compilation.
-SMALL = ("--experiment", "lenet_fig2", "--dataset", "digits", "--train-images", "256")
+FIG2 = ("--experiment", "lenet_fig2")
+SMALL = (*FIG2, "--dataset", "digits", "--train-images", "256")
 
 
 def run(tmp_path, *arguments):
@@ -116,8 +120,9 @@ def test_a_network_on_cpu_has_the_same_loss_and_gradients(name):
     labels = jnp.arange(8)
     variables = model.init(jax.random.key(1), images[:1], train=False)
     args = (variables["params"], variables["batch_stats"], images, labels)
-    (loss, stats), gradient = loss_and_gradient(model.apply, *args)
-    (ours, our_stats), our_gradient = loss_and_gradient(faster.apply, *args)
+    jitted = jax.jit(loss_and_gradient, static_argnums=0)
+    (loss, stats), gradient = jitted(model.apply, *args)
+    (ours, our_stats), our_gradient = jitted(faster.apply, *args)
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     for tree, reference in ((our_gradient, gradient), (our_stats, stats)):
         for got, leaf in zip(*map(jax.tree.leaves, (tree, reference)), strict=True):
@@ -144,12 +149,14 @@ def test_no_convolution_of_vgg_swaps_image_and_kernel_on_cpu():
 
 
 def test_pooling_on_cpu_is_the_pooling():
-    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 3))
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8, 3)).round()  # many tie
     wanted = jax.random.normal(jax.random.key(1), (2, 3, 4, 3))
     ours, pull = jax.vjp(lambda x: cpu.max_pool(x, (2, 2), strides=(2, 2)), x)
     flax, flax_pull = jax.vjp(lambda x: nn.max_pool(x, (2, 2), strides=(2, 2)), x)
     np.testing.assert_array_equal(ours, flax)
     np.testing.assert_array_equal(*pull(wanted), *flax_pull(wanted))
+    lost = x.at[0, 0, 0, 0].set(jnp.nan).at[1, 1, 1, 1].set(jnp.nan)
+    assert np.isnan(cpu.max_pool(lost, (2, 2), strides=(2, 2))).sum() == 2
     with pytest.raises(ValueError, match="must tile the image"):
         cpu.max_pool(x, (4, 4), strides=(4, 4))
 
@@ -413,7 +420,7 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report.main(["--results", str(results), "--output-dir", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert "65.00 ± 7.07" in text and "1 of 3 diverged" in text
+    assert "65.00 ± 7.07" in text and "3, 1 of them diverged" in text
     six = {"outcome": "finished", "accuracy": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}
     np.testing.assert_allclose(report.over_last_third([six]), [0.9])
     # Another protocol has tables and pictures of its own.
@@ -425,9 +432,18 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
     ("arguments", "message"),
     [
         (["--experiment", "lenet"], "invalid choice: 'lenet'"),
-        (["--experiment", "lenet_fig2", "--epochs", "0"], "--epochs must be at least"),
-        (["--experiment", "lenet_fig2", "--methods", "adam"], "invalid choice"),
-        (["--experiment", "lenet_fig2", "--width", "0.5"], "lenet has no width"),
+        ([*FIG2, "--epochs", "0"], "--epochs: '0' must be a whole number of at least"),
+        ([*FIG2, "--epochs", "3000000000"], "must be at most 2147483647"),
+        ([*FIG2, "--group", "0"], "--group: '0' must be a whole number of at least 1"),
+        ([*FIG2, "--seeds", "-1"], "--seeds: '-1' must be a whole number of at least"),
+        ([*FIG2, "--learning-rate", "nan"], "'nan' must be a number of at least 0"),
+        ([*FIG2, "--learning-rates", "0.1", "inf"], "'inf' must be a number of at"),
+        ([*FIG2, "--weight-decays", "-1"], "'-1' must be a number of at least 0"),
+        ([*FIG2, "--momentum", "1"], "'1' must be a number of at least 0 and below 1"),
+        ([*FIG2, "--time-limit", "0"], "'0' must be a number above 0"),
+        ([*FIG2, "--width", "nan"], "'nan' must be a number above 0"),
+        ([*FIG2, "--methods", "adam"], "invalid choice"),
+        ([*FIG2, "--width", "0.5"], "lenet has no width"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message, capsys):
@@ -439,3 +455,117 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
 def test_a_batch_larger_than_the_data_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="batch of 512 is more than the 256"):
         one_run(tmp_path, "sgd", "--batch-size", "512")
+
+
+def test_more_training_images_than_there_are_is_an_error(tmp_path):
+    with pytest.raises(SystemExit, match="--train-images 1438 is more than the 1437"):
+        one_run(tmp_path, "sgd", "--train-images", "1438")
+
+
+def test_the_help_says_what_each_number_of_the_protocol_is(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"])
+    printed = capsys.readouterr().out.replace("\n" + " " * 24, "  ")
+    described = dict(re.findall(r"^  --([a-z-]+).*?  +(\w.*)", printed, re.MULTILINE))
+    experiment = EXPERIMENTS["vgg_plateau"]
+    options = [f.name.replace("_", "-") for f in dataclasses.fields(experiment)]
+    texts = [described[name] for name in options]
+    assert len(set(texts)) == len(texts) - 1  # dataset and model say the same
+
+
+def test_a_full_disk_leaves_the_results_file_as_it_was(tmp_path):
+    results = tmp_path / "runs.jsonl"
+    first = one_run(tmp_path, "sgd", "--epochs", "1")
+    before = results.read_bytes()
+    second = first | {"run": first["run"] | {"seed": 1}}
+    # What the disk still takes is half a record.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = len(before) + len(before) // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(SystemExit, match=r"could not be written .* is as it was"):
+            records.append([second], results)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert results.read_bytes() == before
+    assert {path.suffix for path in tmp_path.glob("runs.jsonl*")} == {".jsonl", ".lock"}
+    records.append([second], results)
+    assert records.load(results) == [first, second]
+
+
+def test_what_could_not_be_recorded_is_not_trained_again(tmp_path, monkeypatch):
+    def full(new, path):
+        raise SystemExit("full")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="full"):
+        patch.setattr(records, "append", full)
+        one_run(tmp_path, "sgd", "--epochs", "1")
+    monkeypatch.setattr(trainer.Program, "epoch", None)  # cannot be called
+    assert one_run(tmp_path, "sgd", "--epochs", "1")["outcome"] == "finished"
+
+
+@pytest.mark.parametrize("bad", ['{"experiment": "lenet_', '{"run": {}}', "[]", ""])
+def test_a_bad_record_names_file_and_line(bad, tmp_path):
+    one_run(tmp_path, "sgd", "--epochs", "1")
+    results = tmp_path / "runs.jsonl"
+    results.write_text(results.read_text() + bad + "\n")
+    with pytest.raises(SystemExit, match=r"runs\.jsonl, line 2 is no record of a run"):
+        records.load(results)
+
+
+def test_an_unwritable_place_is_noticed_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "train", None)  # cannot be called
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="file cannot be written"):
+        one_run(tmp_path / "file", "sgd")
+    with pytest.raises(SystemExit, match="file cannot be written"):
+        one_run(tmp_path, "sgd", "--checkpoints", str(tmp_path / "file"))
+    (tmp_path / "runs.jsonl").mkdir()
+    with pytest.raises(SystemExit, match=r"results file .* cannot be written"):
+        one_run(tmp_path, "sgd")
+
+
+def test_a_corrupt_checkpoint_names_itself_and_the_remedy(tmp_path, monkeypatch):
+    arguments = ("--methods", "sgd", "--learning-rate", "0.1", "--epochs", "2")
+    arguments += ("--seeds", "0")
+
+    def stop(*arguments):
+        raise trainer.OutOfTime
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "write_log", stop)  # after the first epoch
+        done, _ = run(tmp_path, *arguments)
+    assert not done
+    (step,) = (tmp_path / "checkpoints").glob("*/1")
+    for path in step.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, *arguments)
+    assert f"The checkpoint {step} cannot be read" in str(error.value)
+    assert f"Remove {step.parent}, and the same command" in str(error.value)
+    shutil.rmtree(step.parent)
+    done, found = run(tmp_path, *arguments)
+    assert done and len(found) == 1
+
+
+def test_two_programs_do_not_share_a_results_file(tmp_path):
+    results = tmp_path / "runs.jsonl"
+    with records.alone_with(results):
+        with pytest.raises(SystemExit, match=f"in use by process {os.getpid()}"):
+            one_run(tmp_path, "sgd", "--epochs", "1")
+    assert one_run(tmp_path, "sgd", "--epochs", "1")["outcome"] == "finished"
+
+
+def test_the_records_of_the_project_keep_their_identity():
+    found = records.load(records.RESULTS)
+    parts = [{k: r[k] for k in ("experiment", "protocol", "run")} for r in found]
+    prints = [records.fingerprint([part]) for part in parts]
+    assert len(set(prints)) == len(prints)
+    # Of the first record, since it was made.
+    first = records.identity(
+        "lenet_fig2",
+        dataclasses.replace(EXPERIMENTS["lenet_fig2"], epochs=4),
+        trainer.Run("sgd", 0.02, 0.0, 100, tuning=True),
+    )
+    assert prints[0] == records.fingerprint([first]) == "fcb845908f894c02"

@@ -29,7 +29,13 @@ def test_methods_start_alike_and_end_in_a_table_pictures_and_results(tmp_path, c
     # The same weights and batches; each method is a program of its own.
     np.testing.assert_allclose(list(losses), next(iter(losses)), rtol=1e-5)
     printed = capsys.readouterr().out
-    for word in (*methods.METHODS, "train loss", "test accuracy", "overhead"):
+    for word in (
+        *methods.METHODS,
+        "train loss",
+        "test accuracy",
+        "wrong of 360",
+        "overhead",
+    ):
         assert word in printed
     for name in ("learning_curves.png", "layer_scales.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -47,7 +53,14 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
 
 def test_a_run_that_diverges_says_so():
     curve = {"loss": [float("nan")], "accuracy": [0.1], "seconds": [1.0, 0.1]}
-    assert "diverged" in compare.table({"sgd": curve}, {"sgd": 1e9})
+    assert "diverged" in compare.table({"sgd": curve}, {"sgd": 1e9}, 360)
+
+
+def test_the_table_counts_the_images_that_are_wrong():
+    curve = {"loss": [0.1], "accuracy": [355 / 360], "seconds": [1.0, 0.1]}
+    header, row = compare.table({"sgd": curve}, {"sgd": 0.1}, 360).splitlines()
+    start = header.index("wrong of 360")
+    assert row[start : start + len("wrong of 360")].split() == ["5"]
 
 
 def test_tuning_looks_at_training_images_only():
@@ -63,7 +76,11 @@ def test_tuning_looks_at_training_images_only():
     [
         (["--learning-rate", "sgd"], "METHOD=NUMBER"),
         (["--learning-rate", "adam=0.1"], "must name one of sgd, lars"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--learning-rate", "sgd=nan"], "'nan' must be a number of at least 0"),
+        (["--epochs", "0"], "--epochs: '0' must be a whole number of at least 1"),
+        (["--epochs", "9999999999"], "'9999999999' must be at most 2147483647"),
+        (["--seed", "-1"], "--seed: '-1' must be a whole number of at least 0"),
+        (["--weight-decay", "nan"], "'nan' must be a number of at least 0"),
         (["--dataset", "mnist"], "invalid choice: 'mnist'"),
         (["--batch-size", "5000"], "is more than the 1437 training images"),
     ],

@@ -4,7 +4,12 @@ import jax
 import pytest
 
 from examples import data
-from examples.studies import benchmark, predicted_scales, transformer
+from examples.studies import (
+    benchmark,
+    local_hessian_cost,
+    predicted_scales,
+    transformer,
+)
 
 
 def test_mean_field_gains_predict_lenets_scales(tmp_path, capsys):
@@ -40,3 +45,10 @@ def test_backmatch_takes_no_parameter_sized_memory():
         for method in ("sgd", "backmatch")
     }
     assert extra["backmatch"] - extra["sgd"] < size / 100
+
+
+def test_the_cost_of_local_hessians_has_a_row_for_each_program(capsys):
+    local_hessian_cost.main(["--features", "2", "--batch", "1", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    for program in ("gradient", "mean diagonal", "spectrum", "condition number"):
+        assert f"| 2 | 2,048 | {program}" in printed

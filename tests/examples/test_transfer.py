@@ -56,4 +56,4 @@ def test_the_program_prints_best_rates_and_saves_the_curves(
 def test_bad_arguments_are_explained(capsys):
     with pytest.raises(SystemExit):
         transfer.main(["--steps", "0"])
-    assert "--steps must be at least 1" in capsys.readouterr().err
+    assert "'0' must be a whole number of at least 1" in capsys.readouterr().err

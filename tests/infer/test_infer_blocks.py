@@ -436,7 +436,7 @@ def check(function: Callable[..., Any], x: jax.Array) -> spec.LayerChain:
 
 
 def scales(chain: spec.LayerChain, params: Any) -> dict[str, jax.Array]:
-    return bmo.layer_scales(chain, params)
+    return bmo.layer_scales(chain, params, normalize=False)
 
 
 class Stacked(nn.Module):

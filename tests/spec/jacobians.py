@@ -45,7 +45,9 @@ def curvatures(
     tree: Any = {"below": {"kernel": jnp.ones(1)}}
     if params:
         tree["layer"] = params
-    transformation = bmo.scale_by_backmatch(chain, gains=gains, norm_floor=0.0)
+    transformation = bmo.scale_by_backmatch(
+        chain, gains=gains, norm_floor=0.0, normalize=False
+    )
     updates: Any = transformation.update(
         jax.tree.map(jnp.ones_like, tree), transformation.init(tree), tree
     )[0]

@@ -153,7 +153,7 @@ def test_a_spec_is_a_static_argument_of_jit_and_traces_once():
     @jax.jit(static_argnums=0)
     def scales(chain, params):
         traces.append(chain)
-        return bmo.layer_scales(chain, params)
+        return bmo.layer_scales(chain, params, normalize=False)
 
     params = models.init_params(models.Mlp(), models.MLP)
     for _ in range(2):
@@ -269,22 +269,22 @@ class TestNewLink:
         params = self.params()
         a, c = (float(jnp.sum(params[name]["kernel"] ** 2)) for name in "ac")
         b = float(jnp.mean(params["b"]["weight"] ** 2))
-        scales = bmo.layer_scales(self.chain, params)
+        scales = bmo.layer_scales(self.chain, params, normalize=False)
         np.testing.assert_allclose(scales["a"], 1 / (5 * 16 * b * c / 3), rtol=1e-5)
         np.testing.assert_allclose(scales["b"], 1 / (5 * 16 * a / 3 * c / 3), rtol=1e-5)
         np.testing.assert_allclose(scales["c"], 1 / (5 * 16 * a / 3 * b), rtol=1e-5)
 
     def test_it_can_be_scaled_and_described(self):
         params = self.params()
-        transformation = bmo.scale_by_backmatch(self.chain)
+        transformation = bmo.scale_by_backmatch(self.chain, normalize=False)
         updates: Any = transformation.update(
             params, transformation.init(params), params
         )[0]
-        scale = bmo.layer_scales(self.chain, params)["b"]
+        scale = bmo.layer_scales(self.chain, params, normalize=False)["b"]
         np.testing.assert_allclose(
             updates["b"]["weight"], scale * params["b"]["weight"], rtol=1e-6
         )
-        assert "PerFeatureScale  b" in bmo.describe(self.chain, params)
+        assert "PerFeatureScale  b" in bmo.describe(self.chain, params, normalize=False)
 
     def test_its_errors_name_it(self):
         params = self.params() | {"b": {"weight": jnp.ones(7)}}
@@ -311,7 +311,8 @@ def test_a_link_without_rules_of_its_own_changes_nothing():
         input_shape=models.MLP.input_shape,
     )
     with_noise, without = (
-        bmo.layer_scales(chain, params) for chain in (noisy, models.MLP)
+        bmo.layer_scales(chain, params, normalize=False)
+        for chain in (noisy, models.MLP)
     )
     assert with_noise == without
 
@@ -323,5 +324,5 @@ def test_a_spec_is_no_hyperparameter_to_inject():
     params = models.init_params(models.Mlp(), models.MLP)
     optimizer = optax.inject_hyperparams(bmo.backmatch_sgd)(0.1, models.MLP)
     state: Any = optimizer.init(params)
-    numbers = {"learning_rate", "momentum", "norm_floor", "weight_decay"}
+    numbers = {"learning_rate", "limit", "momentum", "norm_floor", "weight_decay"}
     assert set(state.hyperparams) == numbers

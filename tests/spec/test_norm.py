@@ -84,7 +84,9 @@ def test_batch_norm_hands_on_the_second_moment_that_it_really_has(roles):
     link = spec.BatchNorm("norm" if roles else None)
     chain = spec.LayerChain([link, spec.Dense("above")], input_shape=(4,))
     tree = {"norm": params, "above": {"kernel": jnp.ones((4, 1))}}
-    scales = bmo.layer_scales(chain, tree if roles else {"above": tree["above"]})
+    scales = bmo.layer_scales(
+        chain, tree if roles else {"above": tree["above"]}, normalize=False
+    )
     moment = float(jnp.mean(jnp.square(output)))
     np.testing.assert_allclose(1 / float(scales["above"]), moment, rtol=1e-4)
 
@@ -122,7 +124,9 @@ def test_small_groups_take_the_means_of_units_away_as_a_batch_norm_does():
     def scale(norm: spec.Link) -> float:
         links = [spec.Dense("a"), spec.Activation("relu"), spec.Dense("b")]
         chain = spec.LayerChain([*links, norm, spec.Dense("c")], input_shape=(4, 8))
-        return float(bmo.layer_scales(chain, params, gains="mean_field")["a"])
+        return float(
+            bmo.layer_scales(chain, params, gains="mean_field", normalize=False)["a"]
+        )
 
     # A group of one unit leaves no mean, one of g units all but a g-th of its square.
     batch, whole = (scale(n(epsilon=0)) for n in (spec.BatchNorm, spec.LayerNorm))
@@ -179,7 +183,9 @@ def test_epsilon_counts_with_mean_field_gains(name, moment):
         input_shape=x.shape[1:],
     )
     kernel = {"above": {"kernel": jnp.ones((64, 1))}}
-    scales = bmo.layer_scales(chain, kernel, gains="mean_field", norm_floor=0.0)
+    scales = bmo.layer_scales(
+        chain, kernel, gains="mean_field", norm_floor=0.0, normalize=False
+    )
     met = 1 / float(scales["above"]) / 3  # positions
     assert met == pytest.approx(moment / (moment + EPSILON), rel=1e-4)
 
@@ -208,7 +214,9 @@ def two_norms(epsilon: float, kernels: Any, gains: Any) -> dict[str, float]:
     links = [spec.Dense("a"), norm, spec.Dense("b"), norm, spec.Dense("c")]
     chain = spec.LayerChain(links, input_shape=(8,))
     params = {name: {"kernel": kernel} for name, kernel in kernels.items()}
-    scales = bmo.layer_scales(chain, params, gains=gains, norm_floor=0.0)
+    scales = bmo.layer_scales(
+        chain, params, gains=gains, norm_floor=0.0, normalize=False
+    )
     return {name: float(scale) for name, scale in scales.items()}
 
 

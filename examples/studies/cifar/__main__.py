@@ -20,6 +20,7 @@ import functools
 import itertools
 import shutil
 import time
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,12 +28,14 @@ import jax
 from tqdm import tqdm
 
 from examples import data, methods, models
+from examples.arguments import not_negative, positive, whole
 from examples.studies.cifar import records
 from examples.studies.cifar.experiments import (
     EXPERIMENTS,
     LEARNING_RATES,
     WEIGHT_DECAYS,
     Experiment,
+    Schedule,
     learning_rates,
 )
 from examples.studies.cifar.trainer import OutOfTime, Run, train
@@ -57,44 +60,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="METHOD",
         help="of " + ", ".join(map(repr, LEARNING_RATES)) + "; default: the first four",
     )
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    add("--seeds", nargs="+", type=whole(0), default=[0, 1, 2], help="default: 0 1 2")
     add(
         "--weight-decays",
         nargs="+",
-        type=float,
+        type=not_negative,
         help="one run for each; default: the best of the tuning grid",
     )
-    add("--learning-rate", type=float, help="for all methods, instead of tuning")
+    add("--learning-rate", type=not_negative, help="for all methods, instead of tuning")
     add(
         "--learning-rates",
         nargs="+",
-        type=float,
+        type=not_negative,
         help="the tuning grid's, for all methods; default: each method's own five",
     )
     add("--tune", action="store_true", help="the tuning grid alone")
-    add("--tuning-epochs", type=int, help="default: as many as the experiment has")
-    for field in dataclasses.fields(Experiment):
-        if field.name == "augment":
-            add("--augment", action=argparse.BooleanOptionalAction)
-        else:
-            kind = (
-                int if field.type == "int" else float if field.type == "float" else str
-            )
-            known = {
-                "dataset": data.DATASETS,
-                "model": models.MODELS,
-                "dtype": ("float32", "bfloat16"),
-                "schedule": ("constant", "linear", "step", "plateau"),
-            }.get(field.name)
-            add(
-                f"--{field.name.replace('_', '-')}",
-                type=kind,
-                choices=known,
-                nargs="+" if field.name in ("dataset", "model") else None,
-                help="instead of the experiment's",
-            )
-    add("--group", type=int, help="runs in one program; default: 1 on CPU, all on GPU")
-    add("--time-limit", type=float, help="seconds after which to stop, resumable")
+    add(
+        "--tuning-epochs",
+        type=whole(1),
+        help="default: as many as the experiment has",
+    )
+    add(
+        "--group",
+        type=whole(1),
+        help="runs in one program; default: 1 on CPU, all on GPU",
+    )
+    add("--time-limit", type=positive, help="seconds after which to stop, resumable")
     add("--data-dir", help="of tensorflow-datasets; default: TFDS_DATA_DIR or its own")
     add("--results", type=Path, default=records.RESULTS, help="the results file")
     add(
@@ -103,6 +94,42 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("outputs/cifar"),
         help="where checkpoints of unfinished runs go, and logs as CSV",
     )
+    group = parser.add_argument_group(
+        "changes to the protocol",
+        "Without these everything is as the experiment has it.",
+    )
+    add = group.add_argument
+    add("--dataset", nargs="+", choices=data.DATASETS, help="one table entry for each")
+    add("--model", nargs="+", choices=models.MODELS, help="one table entry for each")
+    add("--epochs", type=whole(1), help="passes over the training images")
+    add(
+        "--schedule",
+        choices=typing.get_args(Schedule),
+        help="of the learning rate; linear ends at zero",
+    )
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="random flips and rotations, or none",
+    )
+    add("--batch-size", type=whole(1), help="images a step")
+    add(
+        "--momentum",
+        type=functools.partial(not_negative, below=1),
+        help="of every method but AdamW and Muon",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="what the network computes in",
+    )
+    add("--train-images", type=whole(0), help="the first so many; 0 for all")
+    add(
+        "--patience",
+        type=whole(0),
+        help="stop so many epochs after the best accuracy; 0 to train to the end",
+    )
+    add("--width", type=positive, help="times as many features in a VGG")
     options = parser.parse_args(arguments)
     experiment = EXPERIMENTS[options.experiment]
     changed = {
@@ -110,9 +137,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         for field in dataclasses.fields(Experiment)
         if (value := getattr(options, field.name)) is not None
     }
-    for name in ("epochs", "batch_size"):
-        if changed.get(name, 1) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     options.protocols = [
         dataclasses.replace(
             experiment, **changed | {"dataset": dataset, "model": model}
@@ -131,13 +155,14 @@ class Runner:
 
     def __init__(self, options: argparse.Namespace):
         self._options = options
+        records.require_writable(options.checkpoints)
         self._dataset = functools.cache(lambda name: data.load(name, options.data_dir))
         self._deadline = time.monotonic() + (options.time_limit or float("inf"))
 
     def accuracies(self, experiment: Experiment, runs: Sequence[Run]) -> list[float]:
         """The final accuracy of every run of a method; NaN where it diverged."""
         done = self._done(experiment, runs)
-        missing = [run for run in runs if run not in done]
+        missing = [run for run in dict.fromkeys(runs) if run not in done]
         size = self._options.group or (1 if jax.default_backend() == "cpu" else None)
         size = size or max(len(missing), 1)
         for start in range(0, len(missing), size):
@@ -216,13 +241,15 @@ def run_method(
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Does what is missing; returns whether all of it is done."""
     options = parse(arguments)
-    runner = Runner(options)
-    try:
-        for protocol, method in itertools.product(options.protocols, options.methods):
-            run_method(runner, protocol, method, options)
-    except OutOfTime:
-        print("Out of time. The same command goes on from here.")
-        return False
+    with records.alone_with(options.results):
+        runner = Runner(options)
+        try:
+            for protocol in options.protocols:
+                for method in options.methods:
+                    run_method(runner, protocol, method, options)
+        except OutOfTime:
+            print("Out of time. The same command goes on from here.")
+            return False
     print(f"Done. The results are in {options.results}")
     return True
 

@@ -14,7 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,12 +22,14 @@ import numpy as np
 from examples import methods
 from examples.studies.cifar import records
 from examples.studies.cifar.experiments import Experiment
+from examples.studies.intervals import Difference, forest, welch
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
 
 Record = dict[str, Any]
-Results = dict[tuple[str, float, float], list[Record]]  # by method, rate and decay
+Key = tuple[str, float, float]  # method, rate and decay
+Results = dict[Key, list[Record]]
 
 # BM Tables 1 and 2, test accuracy in %; of Table 2, the best of five trials.
 PAPER: dict[tuple[str, str], dict[str, float]] = {
@@ -50,6 +52,19 @@ PAPER: dict[tuple[str, str], dict[str, float]] = {
     }.items()
     for depth, row in zip((11, 13, 16, 19), rows, strict=True)
 }
+LONG = 10  # epochs from which on curves are drawn
+
+HOW_TO_READ = """
+## How to read the figures
+
+* The endpoint was fixed beforehand: the test accuracy of the last epoch.
+* A point is the mean over the seeds less SGD's, a line its 95 % interval (Welch's,
+  unpaired). Blue is above SGD, orange below. A grey line holds zero: no difference that
+  these runs could show, smaller than its farther end. An empty point is of one seed.
+* Of twenty intervals one misses the truth by chance.
+* `±` is the standard deviation over seeds. The mean over the last third of the epochs,
+  less noisy at a fixed rate, was added after looking.
+"""
 _LINES = {"backmatch": "-", "sgd": ":", "backmatch, norms kept": "--"}
 # The same colour for a method in every picture.
 _COLOURS = {m: plt.get_cmap("tab20")(2 * i % 19) for i, m in enumerate(methods.ALL)}
@@ -102,29 +117,166 @@ def spread(values: np.ndarray, digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
 
 
-def table(results: Results, paper: dict[str, float]) -> list[str]:
+class Comparison(NamedTuple):
+    """Configurations to compare, and the one that they are compared with."""
+
+    title: str
+    reference: Key
+    others: list[Key]
+
+
+def comparisons(final: Results, tuned: dict[str, Key]) -> list[Comparison]:
+    """What there is to compare with SGD.
+
+    Args:
+      final: the runs with test images.
+      tuned: the configuration of each method that held-out images found best.
+
+    Returns:
+      One comparison where each method has one weight decay, its best. Else one for each
+      decay, and one of what the methods' own tuning chose. Where SGD has several rates,
+      the others are compared with the one of the highest mean, the hardest to beat.
+    """
+
+    def against_sgd(title: str, keys: Sequence[Key]) -> list[Comparison]:
+        sgd = [key for key in keys if key[0] == "sgd"]
+        sgd = [key for key in sgd if len(finals(final[key], "accuracy"))]
+        if not sgd or len(keys) < 2:
+            return []
+        best = max(sgd, key=lambda key: finals(final[key], "accuracy").mean())
+        return [Comparison(title, best, [key for key in keys if key != best])]
+
+    if not several_decays(final):
+        return against_sgd("each at its best rate and decay", list(final))
+    found = []
+    for decay in sorted({key[2] for key in final}):
+        keys = [key for key in final if key[2] == decay]
+        found += against_sgd(f"decay {decay:g}", keys)
+    chosen = [key for key in tuned.values() if key in final]
+    if len({key[2] for key in chosen}) > 1:
+        found += against_sgd("rate and decay by its own tuning", chosen)
+    return found
+
+
+def several_decays(final: Results) -> bool:
+    """Whether a method was trained at more than one weight decay."""
+    return len({(key[0], key[2]) for key in final}) > len({key[0] for key in final})
+
+
+def best_of_tuning(tuning: Results) -> dict[str, Key]:
+    """The configuration of each method with the highest held-out accuracy."""
+    best: dict[str, tuple[float, Key]] = {}
+    for key, runs in tuning.items():
+        scores = finals(runs, "accuracy")
+        if len(scores) and scores.mean() > best.get(key[0], (-1.0, key))[0]:
+            best[key[0]] = (float(scores.mean()), key)
+    return {method: key for method, (_, key) in best.items()}
+
+
+def differences(
+    compared: Comparison, final: Results
+) -> dict[Key, tuple[Difference, Difference]]:
+    """In test accuracy, points, and in training loss, %, from SGD.
+
+    That of the loss is of its logarithm.
+    """
+
+    def values(key: Key, name: str) -> np.ndarray:
+        return finals(final[key], name)
+
+    found = {}
+    for key in compared.others:
+        if not min(values(key, "loss").size, values(compared.reference, "loss").size):
+            continue  # every seed diverged, which the table says
+        accuracy = welch(
+            100 * values(key, "accuracy"), 100 * values(compared.reference, "accuracy")
+        )
+        loss = welch(
+            np.log(values(key, "loss")), np.log(values(compared.reference, "loss"))
+        )
+        percent = Difference(*(100 * (float(np.exp(end)) - 1) for end in loss))
+        found[key] = accuracy, percent
+    return found
+
+
+def table(
+    final: Results, compared: Sequence[Comparison], paper: dict[str, float]
+) -> list[str]:
     """A row for each method, rate and decay: what its seeds reached at the end."""
-    header = ["decay", "method", "rate", "training loss", "test accuracy, %"]
-    header += ["its mean over the last third, %", "seeds"]
+    header = ["decay", "method", "rate", "seeds", "training loss", "test accuracy, %"]
+    header += ["mean of the last third, %"]
     if paper:
         header.append("paper, %")
     rows = []
-    for (method, rate, decay), runs in results.items():
+    for (method, rate, decay), runs in final.items():
         lost = sum(map(diverged, runs))
-        seeds = ", ".join(str(s) for s in sorted(r["run"]["seed"] for r in runs))
         row = [
             f"{decay:g}",
             method,
             f"{rate:g}",
+            f"{len(runs)}" + (f", {lost} of them diverged" if lost else ""),
             spread(finals(runs, "loss"), 4),
             spread(100 * finals(runs, "accuracy"), 2),
             spread(100 * over_last_third(runs), 2),
-            seeds + (f" ({lost} of {len(runs)} diverged)" if lost else ""),
         ]
         if paper:
             row.append(f"{paper[method]:.2f}" if method in paper else "")
         rows.append(row)
-    return _markdown(header, rows)
+    lines = _markdown(header, rows)
+    header = ["compared", "method", "rate", "seeds", "accuracy less SGD's", "95 %"]
+    header += ["in words", "training loss over SGD's, %", "95 %"]
+    rows = []
+    for group in compared:
+        for key, (accuracy, loss) in differences(group, final).items():
+            seeds = [len(finals(final[k], "loss")) for k in (key, group.reference)]
+            rows.append(
+                [
+                    group.title,
+                    key[0],
+                    f"{key[1]:g}",
+                    f"{seeds[0]} and {seeds[1]}",
+                    f"{accuracy.mean:+.2f}",
+                    _ends(accuracy, 2),
+                    accuracy.words(),
+                    f"{loss.mean:+.1f}",
+                    _ends(loss, 1),
+                ]
+            )
+    return [*lines, "", *_markdown(header, rows)] if rows else lines
+
+
+def _ends(difference: Difference, digits: int) -> str:
+    if np.isnan(difference.low):
+        return ""
+    return f"{difference.low:+.{digits}f} to {difference.high:+.{digits}f}"
+
+
+def plot_forest(final: Results, compared: Sequence[Comparison], path: Path) -> bool:
+    """The differences from SGD with their intervals; False where there are none."""
+    rows: list[tuple[str, Difference | None]] = []
+    losses: list[tuple[str, Difference | None]] = []
+    for group in compared:
+        found = differences(group, final)
+        if not found:
+            continue
+        several = len({key[0] for key in found}) < len(found)
+        if len(compared) > 1:
+            rows.append((group.title, None))
+            losses.append(("", None))
+        for key, (accuracy, loss) in sorted(found.items(), key=lambda i: -i[1][0].mean):
+            rate = f", rate {key[1]:g}" if several else ""
+            rows.append((f"{key[0]}{rate}", accuracy))
+            losses.append(("", loss))
+    if not rows:
+        return False
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(8, 1 + 0.27 * len(rows)), layout="constrained"
+    )
+    forest(right, losses, "training loss over SGD's, %")
+    forest(left, rows, "test accuracy less SGD's, points")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
 
 
 def tuning_table(results: Results) -> list[str]:
@@ -147,37 +299,28 @@ def tuning_table(results: Results) -> list[str]:
 
 
 def plot_curves(results: Results, path: Path) -> None:
-    """Training loss and test accuracy against epochs.
-
-    A row for each weight decay; one for all where every method has its own best alone.
-    """
-    decays: dict[str, set[float]] = defaultdict(set)
-    for method, _, decay in results:
-        decays[method].add(decay)
-    every = set().union(*decays.values())
-    apart = any(len(of_method) > 1 for of_method in decays.values())
-    rows = [{decay} for decay in sorted(every)] if apart else [every]
+    """Training loss and test accuracy against epochs, a row for each weight decay."""
+    decays = sorted({key[2] for key in results})
     figure, axes = plt.subplots(
-        len(rows),
+        len(decays),
         2,
-        figsize=(9 if apart else 12, 3.2 * len(rows)),
+        figsize=(8, 2.7 * len(decays)),
         layout="constrained",
         squeeze=False,
     )
-    for (left, right), shown in zip(axes, rows, strict=True):
+    for (left, right), shown in zip(axes, decays, strict=True):
         drawn: dict[str, int] = defaultdict(int)
         for (method, rate, decay), runs in results.items():
             kept = [record for record in runs if not diverged(record)]
-            if decay not in shown or not kept:
+            if decay != shown or not kept:
                 continue
             style = ("-", "--", ":")[drawn[method] % 3]  # of its several rates
             drawn[method] += 1
-            label = f"{method}, rate {rate:g}" + ("" if apart else f", decay {decay:g}")
             for axis, name, factor in ((left, "loss", 1), (right, "accuracy", 100)):
                 epochs = min(len(record[name]) for record in kept)
                 curves = factor * np.array([record[name][:epochs] for record in kept])
-                colour = _COLOURS[method]
                 mean, x = curves.mean(0), np.arange(1, epochs + 1)
+                colour, label = _COLOURS[method], f"{method}, rate {rate:g}"
                 axis.plot(x, mean, style, color=colour, label=label)
                 axis.fill_between(
                     x, curves.min(0), curves.max(0), color=colour, alpha=0.2, lw=0
@@ -186,12 +329,8 @@ def plot_curves(results: Results, path: Path) -> None:
         right.set(xlabel="epoch", ylabel="test accuracy (%)")
         for axis in (left, right):
             axis.xaxis.get_major_locator().set_params(integer=True)
-        if apart:
-            left.set_title(f"weight decay {next(iter(shown)):g}", loc="left")
-            right.legend(fontsize="small")
-        else:
-            handles, labels = right.get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+        left.set_title(f"weight decay {shown:g}", loc="left")
+        right.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -204,7 +343,7 @@ def plot_norms(results: Results, path: Path) -> bool:
     if not decays or not layers:
         return False
     figure, axes = plt.subplots(
-        1, len(decays), figsize=(4.5 * len(decays), 3.4), layout="constrained",
+        1, len(decays), figsize=(8, 3.2), layout="constrained",
         sharey=True, squeeze=False,
     )  # fmt: skip
     for axis, decay in zip(axes[0], decays, strict=True):
@@ -237,19 +376,42 @@ def plot_norms(results: Results, path: Path) -> bool:
     return True
 
 
-def section(key: str, found: Sequence[Record], directory: Path) -> list[str]:
-    """The report of one protocol."""
-    protocol = json.loads(key)
+def section(key: str, groups: dict[str, list[Record]], directory: Path) -> list[str]:
+    """The report of one protocol of all that there are."""
+    found, protocol = groups[key], json.loads(key)
     name = protocol.pop("experiment")
-    title = f"{name}: {protocol['model']} on {protocol['dataset']}"
     # What is not as usual tells one protocol from another, in titles and file names.
     unusual = {
         field.name: protocol[field.name]
         for field in dataclasses.fields(Experiment)
         if field.default not in (dataclasses.MISSING, protocol[field.name])
     }
+    title = f"{name}: {protocol['model']} on {protocol['dataset']}"
     title += f", {protocol['schedule']} schedule, {protocol['epochs']} epochs"
     title += "".join(f", {k.replace('_', ' ')} {v}" for k, v in unusual.items())
+    stem = "_".join(
+        [str(protocol[part]) for part in ("model", "dataset", "schedule", "epochs")]
+        + [f"{field}_{value}" for field, value in unusual.items()]
+    )
+    lines = [f"## {title}", ""]
+    final = by_numbers(found, tuning=False)
+    tuning = by_numbers(found, tuning=True)
+    if final:
+        tuned = best_of_tuning(tuning or tuned_shorter(key, groups))
+        compared = comparisons(final, tuned)
+        if plot_forest(final, compared, directory / f"{stem}_forest.png"):
+            lines += [f"![Differences from SGD, with intervals]({stem}_forest.png)", ""]
+        if protocol["epochs"] >= LONG:
+            plot_curves(final, directory / f"{stem}_curves.png")
+            lines += [f"![Learning curves]({stem}_curves.png)", ""]
+            lines += ["Lines are means over seeds; bands hold every seed.", ""]
+            if plot_norms(final, directory / f"{stem}_norms.png"):
+                lines += [f"![Norms of the kernels, first seed]({stem}_norms.png)", ""]
+        paper = PAPER.get((protocol["dataset"], protocol["model"]), {})
+        lines += _folded("Every figure", table(final, compared, paper))
+    if tuning:
+        title = "Tuning, on a tenth of the training images held out"
+        lines += _folded(title, tuning_table(tuning))
     described = ", ".join(
         f"{field.replace('_', ' ')} {value}" for field, value in protocol.items()
     )
@@ -257,29 +419,31 @@ def section(key: str, found: Sequence[Record], directory: Path) -> list[str]:
     versions = sorted(
         {", ".join(f"{k} {v}" for k, v in sorted(r["versions"].items())) for r in found}
     )
-    stem = "_".join(
-        [str(protocol[part]) for part in ("model", "dataset", "schedule", "epochs")]
-        + [f"{field}_{value}" for field, value in unusual.items()]
-    )
-    lines = [f"## {title}", "", f"Protocol: {described}.", ""]
-    final = by_numbers(found, tuning=False)
-    if final:
-        paper = PAPER.get((protocol["dataset"], protocol["model"]), {})
-        lines += [*table(final, paper), ""]
-        plot_curves(final, directory / f"{stem}_curves.png")
-        lines += [f"![Learning curves]({stem}_curves.png)", ""]
-        lines += [
-            "Lines are means over seeds, bands run from the least to the largest.",
-            "",
-        ]
-        if plot_norms(final, directory / f"{stem}_norms.png"):
-            lines += [f"![Norms of the kernels, first seed]({stem}_norms.png)", ""]
-    tuning = by_numbers(found, tuning=True)
-    if tuning:
-        lines += ["Tuning, on a tenth of the training images held out:", ""]
-        lines += [*tuning_table(tuning), ""]
-    lines += [f"{len(found)} runs; {'; '.join(machines)}; {'; '.join(versions)}.", ""]
-    return lines
+    ran = [f"Protocol: {described}.", "", f"{len(found)} runs; {'; '.join(machines)}; "]
+    ran[-1] += f"{'; '.join(versions)}."
+    return [*lines, *_folded("Protocol and machine", ran)]
+
+
+def tuned_shorter(key: str, groups: dict[str, list[Record]]) -> Results:
+    """The tuning of the same protocol with another number of epochs, the most."""
+
+    def without_epochs(key: str) -> tuple[int, dict[str, Any]]:
+        protocol = json.loads(key)
+        return protocol.pop("epochs"), protocol
+
+    wanted, found = without_epochs(key)[1], []
+    for other, records_ in groups.items():
+        epochs, protocol = without_epochs(other)
+        tuning = by_numbers(records_, tuning=True)
+        if protocol == wanted and tuning:
+            found.append((epochs, tuning))
+    return max(found, key=lambda pair: pair[0])[1] if found else {}
+
+
+def _folded(title: str, lines: Sequence[str]) -> list[str]:
+    return [
+        f"<details><summary>{title}</summary>", "", *lines, "", "</details>", "",
+    ]  # fmt: skip
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -301,13 +465,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     directory = options.output_dir or options.results.parent
     directory.mkdir(parents=True, exist_ok=True)
-    # What a person concludes from the tables is written beside them.
+    # What a person concludes is written beside the results.
     conclusions = directory / "CONCLUSIONS.md"
     lines = ["# The papers' experiments on real data", ""]
     if conclusions.exists():
         lines += [conclusions.read_text().strip(), ""]
-    for key, found in by_protocol(records.load(options.results)).items():
-        lines += section(key, found, directory)
+    lines += [*HOW_TO_READ.strip().splitlines(), ""]
+    groups = by_protocol(records.load(options.results))
+
+    def place(key: str) -> tuple[bool, bool, int]:
+        tested = any(not record["run"]["tuning"] for record in groups[key])
+        protocol = json.loads(key)
+        return not tested, protocol["dataset"] == "digits", -protocol["epochs"]
+
+    for key in sorted(groups, key=place):
+        lines += section(key, groups, directory)
     lines += [
         f"Written by `python -m examples.studies.cifar.report` from "
         f"[{options.results.name}]({options.results.name}), which keeps every run.",

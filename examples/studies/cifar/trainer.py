@@ -70,8 +70,12 @@ class OutOfTime(Exception):
 
 def split(dataset: data.Dataset, experiment: Experiment, tuning: bool) -> data.Dataset:
     """The images to train on, and in the test's place those that judge."""
-    if experiment.train_images:
-        count = experiment.train_images
+    if count := experiment.train_images:
+        if count > len(dataset.train_images):
+            raise SystemExit(
+                f"--train-images {count} is more than the {len(dataset.train_images)} "
+                f"of {dataset.name}; 0 takes all"
+            )
         dataset = dataset._replace(
             train_images=dataset.train_images[:count],
             train_labels=dataset.train_labels[:count],
@@ -295,6 +299,7 @@ def train(
 
     Raises:
       OutOfTime: at the deadline.
+      SystemExit: where the checkpoint cannot be read.
     """
     (tuning,) = {run.tuning for run in runs}
     program = Program(experiment, runs, split(dataset, experiment, tuning))
@@ -316,12 +321,17 @@ def train(
     with ocp.CheckpointManager(directory, options=options) as checkpoints:
         done = checkpoints.latest_step() or 0
         if done:
-            saved = checkpoints.restore(
-                done,
-                args=ocp.args.StandardRestore(
-                    {"state": state, "history": dataclasses.asdict(history)}
-                ),
-            )
+            blank_save = {"state": state, "history": dataclasses.asdict(history)}
+            try:
+                saved = checkpoints.restore(
+                    done, args=ocp.args.StandardRestore(blank_save)
+                )
+            except Exception as error:  # Orbax and its stores have many kinds
+                raise SystemExit(
+                    f"The checkpoint {directory / str(done)} cannot be read "
+                    f"({type(error).__name__}: {error}). Remove {directory}, and the "
+                    "same command trains these runs from the start."
+                ) from error
             state, history = saved["state"], History(**saved["history"])
         total = experiment.epochs * program.steps
         with tqdm(

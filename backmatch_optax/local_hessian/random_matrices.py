@@ -35,11 +35,7 @@ class MarchenkoPastur:
         return upper / lower if lower > 0 else math.inf
 
     def density(self, x: Any) -> np.ndarray:
-        """The density at `x`, any shape, without the zeros' point mass: LH (11), (19).
-
-        Args:
-          x: where to evaluate.
-        """
+        """The density at `x`, any shape, without the mass at zero: LH (11), (19)."""
         x = np.asarray(x, np.float64)
         lower, upper = self.support
         inside = (x > lower) & (x < upper)
@@ -48,11 +44,7 @@ class MarchenkoPastur:
         return np.where(inside, self.ratio * root / (2 * np.pi * self.mean * safe), 0.0)
 
     def cdf(self, x: Any) -> np.ndarray:
-        """The share of eigenvalues up to `x`, any shape, with the point mass at zero.
-
-        Args:
-          x: where to evaluate.
-        """
+        """The share of eigenvalues up to `x`, any shape, with the mass at zero."""
         x = np.asarray(x, np.float64)
         lower, upper = self.support
         # With x = middle + half cos(angle) the density integrates in closed form.
@@ -70,20 +62,20 @@ class MarchenkoPastur:
 def marchenko_pastur(ratio: float, *, mean: float = 1.0) -> MarchenkoPastur:
     r"""The Marchenko-Pastur law of `H_z = W^T W` for a Gaussian kernel (LH 10, 11, 19).
 
-    With `c = ratio`, outputs over inputs, both large, and :math:`\sigma^2` the mean
-    eigenvalue,
+    Here `c = ratio`, outputs over inputs, both large, and :math:`\sigma^2` is the mean
+    eigenvalue:
 
     .. math::
       d\nu(\lambda) = \frac{c}{2 \pi \sigma^2}
       \frac{\sqrt{(c_+ - \lambda)(\lambda - c_-)}}{\lambda} \, d\lambda , \qquad
-      c_\pm = \frac{\sigma^2 (1 \pm \sqrt{c})^2}{c} ,
+      c_\pm = \frac{\sigma^2 (1 \pm \sqrt{c})^2}{c} .
 
-    and for `c` below 1 a point mass of `1 - c` at zero. LH (11) is for entries of
-    variance :math:`\sigma^2` over the number of outputs. In general the mean eigenvalue
-    is `F / in`, the `m_z` of a dense layer, with `F` the squared norm of the kernel:
-    for entries of variance `1 / in` it is `c`. With a batch normalisation, and whitened
-    input, every row of the kernel counts as a unit vector, so that it is `c` whatever
-    the kernel's scale: LH (19) and Remark 2.
+    For `c` below 1 there is also a point mass of `1 - c` at zero. LH (11) is for
+    entries of variance :math:`\sigma^2` over the number of outputs. In general the mean
+    eigenvalue is `F / in`, the `m_z` of a dense layer, with `F` the squared norm of the
+    kernel. For entries of variance `1 / in` it is `c`. With a batch normalisation and
+    whitened input every row of the kernel counts as a unit vector. So it is `c`
+    whatever the kernel's scale: LH (19) and Remark 2.
 
     Args:
       ratio: outputs over inputs, positive.
