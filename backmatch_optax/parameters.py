@@ -158,8 +158,10 @@ class ParamPaths:
         tree: dict[Any, Any] = {}
         for found in self.below(path):
             node = tree
-            names = [_name(key) for key in self._keys[found]]
-            *modules, role = names[depth : found.count("/") + 1]
+            parts = found.split("/") if found else []
+            keys = [_name(key) for key in self._keys[found]]
+            names = keys if len(keys) >= len(parts) else parts  # "a/b" is one key
+            *modules, role = names[depth : len(parts)] or [""]
             for module in modules:
                 node = node.setdefault(module, {})
             node[role] = self.claim(found)

@@ -573,10 +573,19 @@ def test_a_blocks_function_gets_the_keys_of_the_parameters():
 
     declared = chain(block("mixer/layers", weight_curvature=curvature))
     kernels = [{"w": jnp.full(2, 2.0)}, {"w": jnp.full(3, 1.0)}]
-    for layers in (kernels, dict(enumerate(kernels))):
-        params = {"mixer": {"layers": layers}}
+    for params in (
+        {"mixer": {"layers": kernels}},
+        {"mixer": {"layers": dict(enumerate(kernels))}},
+    ):
         scales = bmo.layer_scales(declared, params, normalize=False)
         assert float(scales["mixer/layers"]) == pytest.approx(1 / 11)
+
+
+def test_a_blocks_function_gets_nested_dicts_where_names_have_slashes():
+    declared = chain(block("mixer", weight_curvature=lambda params: params["a"]["w"]))
+    params = {"mixer/a": {"w": jnp.float32(4.0)}}
+    scales = bmo.layer_scales(declared, params, normalize=False)
+    assert float(scales["mixer"]) == pytest.approx(1 / 4)
 
 
 def test_an_error_in_a_blocks_function_is_the_users_own():
