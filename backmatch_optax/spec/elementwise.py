@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import math
 
-from backmatch_optax.moments import Moments, after_activation
+from backmatch_optax.moments import Moments, activation, after_activation
 from backmatch_optax.powers import Positive, number
-from backmatch_optax.spec.link import Link, Site, check_number
+from backmatch_optax.spec.link import Elementwise, Link, Site, check_number
 
 ACTIVATIONS = (
     "celu",
@@ -62,6 +62,10 @@ class Activation(Link):
     def centres(self, centred: bool) -> bool:
         return centred and self.name == "identity"
 
+    def elementwise(self, here: Site) -> Elementwise:
+        del here
+        return activation(self.name)
+
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:
             return here.moments
@@ -114,9 +118,9 @@ class Scale(Link):
     """Multiplication by a constant, such as `0.5 * x` or a division by `sqrt(2)`.
 
     Only the square of the constant counts. With mean-field gains the difference of two
-    signals, a `Residual` with `Scale(-1)`, is therefore taken for their sum: where both
-    have a mean in common, as after ReLUs, its second moment comes out too large, by up
-    to a factor of about 2.
+    signals behind kernels, a `Residual` with `Scale(-1)`, is therefore taken for their
+    sum: where both have a mean in common, as after ReLUs, its second moment comes out
+    too large, by up to a factor of about 2.
 
     Args:
       factor: the constant, not zero.
@@ -135,6 +139,10 @@ class Scale(Link):
     def validate(self) -> None:
         wanted = "a finite number other than zero"
         check_number("factor", self.factor, wanted, lambda f: 0 < abs(f) < math.inf)
+
+    def elementwise(self, here: Site) -> Elementwise:
+        del here
+        return lambda values: self.factor * values
 
     def moments_after(self, here: Site) -> Moments:
         return here.moments * self.m_z(here)

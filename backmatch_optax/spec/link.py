@@ -18,6 +18,9 @@ from backmatch_optax.powers import Positive, measured, number
 
 Shape = tuple[int, ...]
 
+# Of values of shape (units, values of a unit), which it changes one by one.
+Elementwise = Callable[[jax.Array], jax.Array]
+
 
 @dataclasses.dataclass(eq=False)
 class Site:
@@ -39,6 +42,7 @@ class Site:
     centred: bool = False  # whether cotangents at the output have mean zero
     moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     arm_moments: Sequence[Moments] = ()  # at the outputs of the arms
+    m_z_of_arms: Positive | None = None  # of related arms, cross terms included
     moments_out: Moments = dataclasses.field(
         default_factory=lambda: Moments(number(1.0))
     )
@@ -207,6 +211,14 @@ class Link:
         """
         del has_bias
         return False
+
+    def elementwise(self, here: Site) -> Elementwise | None:
+        """The link as a function of each value; None for what mixes coordinates.
+
+        It tells what arms without kernels have in common (see `crossterms`).
+        """
+        del here
+        return None
 
     def __repr__(self) -> str:
         arguments = []

@@ -6,10 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
+
 from backmatch_optax.moments import Moments
 from backmatch_optax.numerics import checked_count
-from backmatch_optax.powers import Positive, number, share
+from backmatch_optax.powers import Positive, magnitudes, number, share
+from backmatch_optax.spec.crossterms import DENSITY
 from backmatch_optax.spec.link import (
+    Elementwise,
     Link,
     Shape,
     Site,
@@ -64,6 +69,24 @@ class _Normalisation(Link):
             return number(1.0)
         q, floor = self.remaining(here).q, here.norm_floor
         return here.once("unit", lambda: share(q, self.epsilon, floor=floor))
+
+    def elementwise(self, here: Site) -> Elementwise:
+        remaining, scale = self.remaining(here), jnp.float32(1.0)
+        if "scale" in here.params:
+            square = here.squared_row_norm("scale")
+            scale = magnitudes([square**0.5], jnp.dtype(jnp.float32))[0]
+
+        def normalised(values: jax.Array) -> jax.Array:
+            fixed = jax.lax.stop_gradient(values)  # statistics are constants, BM (36)
+            means = jnp.zeros(())
+            if remaining.offset is None:
+                means = (fixed @ DENSITY)[:, None]
+                means = means if remaining.spread is None else DENSITY @ means
+            q = DENSITY @ ((fixed - means) ** 2 @ DENSITY)
+            divisor = jnp.sqrt(jnp.where(q > 0, q + self.epsilon, 1.0))
+            return (values - means) * (scale / divisor)
+
+        return normalised
 
     def moments_after(self, here: Site) -> Moments:
         moments = self.remaining(here) * self.m_z(here)

@@ -4,6 +4,7 @@ A rule states the mean diagonal of `J^T J`, for one example and summed over ever
 the layer puts out, with respect to a parameter (`m_W`) or to the input (`m_z`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ RTOL = 1e-5
 
 
 def curvatures(
-    link: spec.Link,
+    link: spec.Link | Sequence[spec.Link],
     params: Any,
     input_shape: tuple[int, ...],
     *,
@@ -26,6 +27,8 @@ def curvatures(
     gains: Any = "paper",
 ) -> dict[str, float]:
     """What the package takes for `m_W` of each parameter of a link, and for `m_z`.
+
+    Of several links, for those of all.
 
     A block of unit curvature in front of the link gives its signal the second moment
     wanted, and the scale of the block tells the factor that it receives from the link.
@@ -38,7 +41,7 @@ def curvatures(
                 input_curvature=1.0,
                 forward_gain=moment,
             ),
-            link,
+            *([link] if isinstance(link, spec.Link) else link),
         ],
         input_shape=input_shape,
     )
