@@ -160,7 +160,7 @@ def measured(
     """A non-negative scalar array of float32 or wider.
 
     Zero counts as an infinitesimal whose coefficient is one. What has overflowed counts
-    as the largest finite number, NaN stays NaN, and a negative number becomes one.
+    as the largest finite number. NaN stays NaN, and a negative number becomes NaN.
 
     Args:
       value: of a parameter, its squared norm.

@@ -53,7 +53,8 @@ class Block(Link):
 
     Raises:
       ValueError: where a curvature is neither a positive number nor a function, or (at
-        `init`) a function returns something that is not a real scalar.
+        `init`) a function returns something that is not a real scalar, or a negative
+        one. Under `jax.jit` a negative number makes scales of NaN.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -134,7 +135,12 @@ class Block(Link):
                 f"spec layer {here.label}: {name} must return a real scalar, but it "
                 f"returned {found}"
             )
-        return measured(jnp.asarray(value, wide(dtype)))
+        if not isinstance(value, jax.core.Tracer) and value < 0:
+            raise ValueError(
+                f"spec layer {here.label}: {name} must return a positive number, but "
+                f"it returned {value}"
+            )
+        return measured(jnp.asarray(value, wide(dtype)))  # traced, below 0 it is NaN
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
