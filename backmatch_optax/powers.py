@@ -189,7 +189,8 @@ def share(
 # Called for every layer, so compiled: its operations are traced once, not each time.
 @jax.jit
 def _log_share(log: jax.Array, log_rest: jax.typing.ArrayLike) -> jax.Array:
-    return -jax.nn.softplus(log_rest - log)
+    # Behind a barrier: else XLA computes it anew for every number it enters.
+    return jax.lax.optimization_barrier(-jax.nn.softplus(log_rest - log))
 
 
 @jax.jit  # as above
