@@ -80,12 +80,15 @@ def backward(sites: Sequence[Site], n: Positive) -> Positive:
 def _through_arms(site: Site) -> Positive:
     """Arms side by side: each gets its share of the signal, and what returns adds up.
 
-    The Gauss-Newton part of `(I + J)^T (I + J)`, LH (13).
+    The Gauss-Newton part of `(I + J)^T (I + J)`, LH (13). Where the arms are related,
+    what returns is known, cross terms included.
     """
     q = site.moments_out.q
     arms = [*zip(site.arms.values(), site.arm_moments, strict=True)]
     tops = [site.n * (moments.q / q) for _, moments in arms]
     returned = [backward(arm, top) for (arm, _), top in zip(arms, tops, strict=True)]
+    if site.m_z_of_arms is not None:
+        return site.m * site.m_z_of_arms * site.q
     # Where all arms return the same part, that is the part of the whole.
     parts = [n / top for n, top in zip(returned, tops, strict=True)]
     adds_up = all(moments.mean_square is None for _, moments in arms)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from backmatch_optax.moments import Moments
 from backmatch_optax.numerics import wide
 from backmatch_optax.powers import Positive, measured, number
+from backmatch_optax.spec import crossterms
 from backmatch_optax.spec.link import (
+    Elementwise,
     Link,
     Shape,
     Site,
@@ -140,7 +142,9 @@ class Residual(Link):
     """Two chains side by side whose outputs are added: `branch(x) + shortcut(x)`.
 
     Second moments add, and so do backward factors: the Gauss-Newton part of
-    `(I + J)^T (I + J)`, LH (13), with the cross terms left out.
+    `(I + J)^T (I + J)`, LH (13), with the cross terms left out. With mean-field gains
+    they count where both arms are elementwise functions of the same input, as in
+    `x + relu(x)`.
 
     Args:
       branch: the links of the branch, from input to output.
@@ -169,6 +173,13 @@ class Residual(Link):
     def arms(self) -> Mapping[str, Sequence[Link]]:
         return {"branch": self.branch, "shortcut": self.shortcut}
 
+    def elementwise(self, here: Site) -> Elementwise | None:
+        return crossterms.elementwise_sum(here)
+
     def moments_after(self, here: Site) -> Moments:
+        together = crossterms.together(here)
+        if together:
+            here.m_z_of_arms = together.m_z
+            return together.moments
         branch, shortcut = here.arm_moments
         return branch + shortcut
