@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from backmatch_optax.moments import Moments
 from backmatch_optax.numerics import wide
@@ -135,12 +136,13 @@ class Block(Link):
                 f"spec layer {here.label}: {name} must return a real scalar, but it "
                 f"returned {found}"
             )
-        if not isinstance(value, jax.core.Tracer) and value < 0:
+        value = jnp.asarray(value, wide(dtype))
+        if not isinstance(value, Tracer) and value < 0:
             raise ValueError(
                 f"spec layer {here.label}: {name} must return a positive number, but "
                 f"it returned {value}"
             )
-        return measured(jnp.asarray(value, wide(dtype)))  # traced, below 0 it is NaN
+        return measured(value)  # traced, below 0 it is NaN
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
