@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from backmatch_optax.moments import Moments
@@ -135,7 +136,8 @@ class Block(Link):
                 f"spec layer {here.label}: {name} must return a real scalar, but it "
                 f"returned {found}"
             )
-        if not isinstance(value, jax.core.Tracer) and value < 0:
+        known = not isinstance(value, jax.core.Tracer)
+        if known and float(value) < 0:  # pyright: ignore
             raise ValueError(
                 f"spec layer {here.label}: {name} must return a positive number, but "
                 f"it returned {value}"
