@@ -14,7 +14,8 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -89,6 +90,21 @@ class Moments:
             None if offset is None else offset**2,
         )
 
+    def times(self, other: Moments) -> Moments:
+        """The moments of the product of two unrelated signals."""
+        variance = _sum_of_known(
+            self.variance * other.variance,
+            _product_of_known(self.variance, other.mean_square),
+            _product_of_known(self.mean_square, other.variance),
+        )
+        assert variance is not None
+        spread = _sum_of_known(
+            _product_of_known(self.spread, other.spread),
+            _product_of_known(self.spread, other.offset),
+            _product_of_known(self.offset, other.spread),
+        )
+        return Moments(variance, spread, _product_of_known(self.offset, other.offset))
+
     def mixed(self, gain: Positive | float) -> Moments:
         """The moments after a random linear map: its units' means have either sign."""
         mean = self.mean_square
@@ -134,10 +150,51 @@ class Moments:
         return Moments(self.variance, self.spread)
 
 
-def _sum_of_known(left: Positive | None, right: Positive | None) -> Positive | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
+def beside(parts: Sequence[Moments], shares: Sequence[float], units: bool) -> Moments:
+    """Moments of signals side by side, of which each is a share of the whole.
+
+    They are of different `units`, or of the same units at different positions. The
+    means of the parts count as unrelated from unit to unit, and the means of all units
+    as equal where there are any.
+    """
+    if len(parts) == 1:
+        return parts[0]
+
+    def mean(field: str, weights: Sequence[float]) -> Positive | None:
+        values = [getattr(part, field) for part in parts]
+        known = [v * w for v, w in zip(values, weights, strict=True) if v is not None]
+        return _sum_of_known(*known)
+
+    spread, offset = mean("spread", shares), mean("offset", shares)
+    differing = None
+    if not units:  # a unit's mean is that over all positions, what differs is variance
+        differing = mean("spread", [share * (1.0 - share) for share in shares])
+        spread = mean("spread", [share**2 for share in shares])
+    pairs = zip(parts, shares, strict=True)
+    leaning = sum(share for part, share in pairs if part.offset is not None)
+    if offset is not None and leaning < 1.0 - _NOTHING:
+        rest = offset * (1.0 - leaning)
+        offset = offset * leaning
+        if units:
+            spread = _sum_of_known(spread, rest)
+        else:
+            differing = _sum_of_known(differing, rest)
+    variance = _sum_of_known(mean("variance", shares), differing)
+    assert variance is not None
+    activated = [part.activated for part in parts if part.activated is not None]
+    if len(activated) == len(parts) and len({name for name, _ in activated}) == 1:
+        before = beside([before for _, before in activated], shares, units)
+        return Moments(variance, spread, offset, Activated(activated[0].name, before))
+    return Moments(variance, spread, offset)
+
+
+def _sum_of_known(*terms: Positive | None) -> Positive | None:
+    known = [term for term in terms if term is not None]
+    return functools.reduce(operator.add, known) if known else None
+
+
+def _product_of_known(left: Positive | None, right: Positive | None) -> Positive | None:
+    return None if left is None or right is None else left * right
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

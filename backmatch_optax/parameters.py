@@ -259,7 +259,12 @@ def _locate_links(
             # A Block's parameters are nested, and it declares its output itself.
             leaves = {} if link.owns_subtree else params
             shapes = {role: jnp.shape(leaf) for role, leaf in leaves.items()}
-            after = _arms_shape(arms, shape) or link.shape_after(shape, shapes)
+            if arms:
+                after = link.joined_shape(
+                    {arm: s[-1].output_shape if s else shape for arm, s in arms.items()}
+                )
+            else:
+                after = link.shape_after(shape, shapes)
         sites.append(Site(link, label, shape, after, params, arms))
         shape, source = after, f"the output of {name}"
     return sites
@@ -308,14 +313,3 @@ def _check_dtype(path: str, leaf: Any) -> None:
             f"{path!r} must be an array of a real floating dtype, but it is "
             + (f"a {type(leaf).__name__}" if dtype is None else f"of {dtype}")
         )
-
-
-def _arms_shape(arms: Mapping[str, Sequence[Site]], shape: Shape) -> Shape | None:
-    """The shape that all arms put out; None where a link has no arms."""
-    outputs = {
-        arm: sites[-1].output_shape if sites else shape for arm, sites in arms.items()
-    }
-    if len(set(outputs.values())) > 1:
-        listed_outputs = ", ".join(f"{arm} {out}" for arm, out in outputs.items())
-        raise ValueError(f"its arms must end in one shape, but: {listed_outputs}")
-    return next(iter(outputs.values()), None)

@@ -20,7 +20,7 @@ Liu, "On the Local Hessian in Back-propagation", NeurIPS 2018.
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive
 from backmatch_optax.spec.chain import LayerChain
-from backmatch_optax.spec.composite import Block, Residual
+from backmatch_optax.spec.composite import Block, Concatenate, Gate, Residual
 from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
 from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
@@ -32,11 +32,13 @@ __all__ = [
     "AvgPool",
     "BatchNorm",
     "Block",
+    "Concatenate",
     "Conv",
     "ConvTranspose",
     "Dense",
     "Dropout",
     "Flatten",
+    "Gate",
     "GlobalAvgPool",
     "GroupNorm",
     "LayerChain",

@@ -83,6 +83,12 @@ class Site:
         """Coordinates of the output."""
         return math.prod(self.output_shape)
 
+    @property
+    def arm_shapes(self) -> list[Shape]:
+        """Shapes of what the arms put out."""
+        arms = self.arms.values()
+        return [arm[-1].output_shape if arm else self.input_shape for arm in arms]
+
     def squared_row_norm(self, role: str) -> Positive:
         """BM's `||W||^2_{2,mu}`: the mean over output features of `||w||^2`.
 
@@ -145,6 +151,9 @@ class Link:
     roles: ClassVar[tuple[str, ...]] = ()
     required_roles: ClassVar[tuple[str, ...]] = ()
     owns_subtree: ClassVar[bool] = False  # every parameter below its path instead
+    # Of a link with arms: whether its output is all that they put out, added or side by
+    # side, so that size times second moment is the sum of theirs.
+    adds_arms: ClassVar[bool] = False
 
     def __post_init__(self):
         try:
@@ -169,6 +178,13 @@ class Link:
         del param_shapes
         return input_shape
 
+    def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """Shape of the output, from those of the arms; for a link that has arms."""
+        if len(set(shapes.values())) > 1:
+            listed = ", ".join(f"{arm} {shape}" for arm, shape in shapes.items())
+            raise ValueError(f"its arms must end in one shape, but: {listed}")
+        return next(iter(shapes.values()))
+
     def moments_after(self, here: Site) -> Moments:
         """Moments of the output, means over all its coordinates."""
         return here.moments
@@ -180,6 +196,11 @@ class Link:
     def m_z(self, here: Site) -> Positive:
         """Input curvature: the mean diagonal of `J^T J` for its input."""
         del here
+        return number(1.0)
+
+    def m_arm(self, here: Site, arm: int) -> Positive:
+        """Arm curvature: the mean diagonal of `J^T J` for what an arm puts out."""
+        del here, arm
         return number(1.0)
 
     def centres(self, centred: bool) -> bool:
