@@ -33,7 +33,7 @@ _HOMOGENEOUS = ("identity", "leaky_relu", "relu")
 # signal the nodes below are dense enough there.
 _SATURATING = {
     **dict.fromkeys(("hard_tanh", "sigmoid", "soft_sign", "tanh"), 5.0),
-    "relu6": 15.0,
+    **dict.fromkeys(("hard_sigmoid", "relu6"), 15.0),
 }
 
 _NOTHING = 1e-9  # below the rounding of the integrals
@@ -207,6 +207,23 @@ def after_activation(name: str, before: Moments) -> tuple[Moments, Positive]:
     return _after_maximum(name, before, 1)
 
 
+def after_prelu(slope: jax.Array, before: Moments) -> tuple[Moments, Positive]:
+    """As `after_activation`, of a leaky ReLU whose slope is an array."""
+    unit = before.q
+    zero = Positive(-math.inf)
+    parts = (before.variance, before.spread or zero, before.offset or zero)
+    variance, spread, offset = magnitudes(
+        [part / unit for part in parts], jnp.dtype(jnp.float32)
+    )
+
+    def phi(x: jax.Array) -> jax.Array:
+        return jnp.where(x >= 0, x, slope * x)
+
+    after = _integrals(phi, 1, variance, spread, offset)
+    variance, spread, offset, gain = map(measured, after)
+    return Moments(variance, spread, offset) * unit, gain
+
+
 def after_max_pool(before: Moments, window: int) -> tuple[Moments, Positive]:
     """Moments of the largest of `window` values, and the gain of its gradient.
 
@@ -228,7 +245,7 @@ def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Po
     if any(size.powers for size in known):
         arrays = iter(magnitudes(known, jnp.dtype(jnp.float32)))
         values = (jnp.float32(0) if size is None else next(arrays) for size in sizes)
-        after = [measured(value) for value in _integrals(name, window, *values)]
+        after = [measured(value) for value in _named_integrals(name, window, *values)]
     else:
         figures = (0.0 if s is None else math.exp(s.log_constant) for s in sizes)
         static = _static_integrals(name, window, *figures)
@@ -256,7 +273,7 @@ def _static_integrals(
 
     def integrate() -> tuple[float, ...]:
         sizes = (jnp.float32(value) for value in (variance, spread, offset))
-        return tuple(map(float, _integrals(name, window, *sizes)))
+        return tuple(map(float, _named_integrals(name, window, *sizes)))
 
     # This thread may be tracing a function or be inside `shard_map`, where no array has
     # a value. A new thread is not.
@@ -270,10 +287,25 @@ def _relu_kernel(q: float, correlation: float) -> float:
     return q / (2 * math.pi) * (math.sin(angle) + correlation * (math.pi - angle))
 
 
-def _integrals(
+def _named_integrals(
     name: str, window: int, variance: jax.Array, spread: jax.Array, offset: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Variance, spread and offset of the outputs, and `E phi'^2`."""
+    dense = _SATURATING.get(name, math.inf)
+    return _integrals(activation(name), window, variance, spread, offset, dense)
+
+
+def _integrals(
+    phi: Callable[[jax.Array], jax.Array],
+    window: int,
+    variance: jax.Array,
+    spread: jax.Array,
+    offset: jax.Array,
+    dense: float = math.inf,
+) -> tuple[jax.Array, ...]:
+    """Variance, spread and offset of the outputs, and `E phi'^2`.
+
+    Up to the size `dense` of the signal the nodes tell the slopes.
+    """
     # The largest of n independent variables has their distribution to the power n.
     largest = np.diff(np.cumsum(_DENSITY) ** window, prepend=0.0)
     density, largest, nodes = (
@@ -281,11 +313,10 @@ def _integrals(
     )
     means = jnp.sqrt(offset) + jnp.sqrt(spread) * nodes
     values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]
-    phi = activation(name)
     outputs = phi(values)
     # A larger signal meets those slopes in proportion less often.
     size = jnp.sqrt(variance + spread + offset)
-    rarer = jnp.maximum(size / _SATURATING.get(name, jnp.inf), 1.0)
+    rarer = jnp.maximum(size / dense, 1.0)
     # Elementwise, so that one product with ones is the derivative of each.
     _, slopes = jax.jvp(phi, (values / rarer,), (jnp.ones_like(values),))
     unit_means = outputs @ largest

@@ -35,8 +35,12 @@ def text(key_path: KeyPath) -> str:
 
 
 def join(path: str, role: str) -> str:
-    """The path of a parameter; the layer's own path may be the top of the tree, ""."""
-    return f"{path}/{role}" if path else role
+    """The path of a parameter.
+
+    The layer's own path may be the top of the tree, "", and the role too, where the
+    path is the parameter's own.
+    """
+    return "/".join(filter(None, (path, role)))
 
 
 def listed(paths: Iterable[str]) -> str:
@@ -290,6 +294,10 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
     params = {}
     for role in link.roles:
         leaf = paths.claim(join(path, role))
+        if leaf is not None and not role and path not in paths.leaves:
+            raise ValueError(
+                f"path (={path!r}) must be the array's own, {listed(paths.below(path))}"
+            )
         if leaf is not None:
             _check_dtype(join(path, role), leaf)
             params[role] = leaf

@@ -22,6 +22,7 @@ from backmatch_optax.powers import Positive
 from backmatch_optax.spec.chain import LayerChain
 from backmatch_optax.spec.composite import Block, Concatenate, Gate, Residual
 from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
+from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
 from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
 from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
@@ -31,7 +32,9 @@ __all__ = [
     "Activation",
     "AvgPool",
     "BatchNorm",
+    "Bias",
     "Block",
+    "ClassToken",
     "Concatenate",
     "Conv",
     "ConvTranspose",
@@ -43,9 +46,11 @@ __all__ = [
     "GroupNorm",
     "LayerChain",
     "LayerNorm",
+    "LayerScale",
     "Link",
     "MaxPool",
     "Moments",
+    "PReLU",
     "Positive",
     "RMSNorm",
     "Residual",

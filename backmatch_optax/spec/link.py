@@ -106,7 +106,8 @@ class Site:
 def _mean_over_last(leaf: jax.Array) -> jax.Array:
     # At least float32: squares overflow float16 from 256 on. One plain reduction over
     # all axes: a reshape would gather, or refuse, a sharded kernel.
-    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) / leaf.shape[-1]
+    features = leaf.shape[-1] if leaf.ndim else 1
+    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) / features
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
