@@ -59,8 +59,12 @@ LINKS = {
     "MaxPool": ["window_shape"],
     "PReLU": ["path"],
     "RMSNorm": ["path"],
+    "Reshape": ["shape"],
     "Residual": ["branch", "shortcut"],
+    "Resize": ["shape"],
     "Scale": ["factor"],
+    "Slice": ["index"],
+    "Transpose": ["axes"],
 }
 CALLABLES: dict[str, Any] = {name: getattr(bmo, name) for name in FUNCTIONS} | {
     f"spec.{name}": getattr(spec, name) for name in LINKS

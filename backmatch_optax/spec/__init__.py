@@ -27,6 +27,7 @@ from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
 from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from backmatch_optax.spec.pool import AvgPool, Flatten, GlobalAvgPool, MaxPool
+from backmatch_optax.spec.reshape import Reshape, Resize, Slice, Transpose
 
 __all__ = [
     "Activation",
@@ -53,7 +54,11 @@ __all__ = [
     "PReLU",
     "Positive",
     "RMSNorm",
+    "Reshape",
     "Residual",
+    "Resize",
     "Scale",
     "Site",
+    "Slice",
+    "Transpose",
 ]
