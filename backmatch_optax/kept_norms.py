@@ -165,7 +165,8 @@ def _before_norms(sites: Sequence[Site]) -> Iterator[str]:
         # signal, and would have to shrink with the kernel.
         if centred or (isinstance(above.link, normed) and "bias" not in site.params):
             link: Any = site.link
-            if "kernel" in site.params and not link.owns_subtree:
+            elsewhere = bool(site.uses)  # where its norm may matter
+            if "kernel" in site.params and not (link.owns_subtree or elsewhere):
                 yield join(link.path, "kernel")
     for site in sites:
         for arm in site.arms.values():

@@ -115,6 +115,7 @@ class ParamPaths:
             for end in (i for i, char in enumerate(path + "/") if char == "/" and i):
                 self._below.setdefault(path[:end], []).append(path)
         self.claimed: set[str] = set()
+        self.first_uses: dict[str, Site] = {}  # of a declared path
 
     def below(self, path: str) -> Sequence[str]:
         """The paths of all leaves that a path is the beginning of."""
@@ -269,7 +270,13 @@ def _locate_links(
                 )
             else:
                 after = link.shape_after(shape, shapes)
-        sites.append(Site(link, label, shape, after, params, arms))
+        site = Site(link, label, shape, after, params, arms)
+        if path is not None:
+            first = paths.first_uses.setdefault(path, site)
+            if first is not site:
+                site.uses = first.uses = first.uses or [first]
+                site.uses.append(site)
+        sites.append(site)
         shape, source = after, f"the output of {name}"
     return sites
 

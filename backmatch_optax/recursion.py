@@ -119,5 +119,12 @@ def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
 
 
 def scale(site: Site, role: str) -> Positive:
-    """What multiplies the gradient of a parameter: `1 / (m * m_W)`, LH (22)."""
-    return site.moments_out.q / (site.n * site.link.m_W(site, role))
+    """What multiplies the gradient of a parameter: `1 / (m * m_W)`, LH (22).
+
+    The curvatures of a parameter that is used more than once add up (see `Tied`).
+    """
+    curvatures = [
+        use.n * use.link.m_W(use, role) / use.moments_out.q
+        for use in site.uses or [site]
+    ]
+    return 1.0 / functools.reduce(operator.add, curvatures)

@@ -49,6 +49,7 @@ LINKS = {
     "ConvTranspose": ["path"],
     "Dense": ["path"],
     "Dropout": ["rate"],
+    "Embed": ["path"],
     "Flatten": [],
     "Gate": ["branch", "gate"],
     "GlobalAvgPool": [],
@@ -64,7 +65,9 @@ LINKS = {
     "Resize": ["shape"],
     "Scale": ["factor"],
     "Slice": ["index"],
+    "Tied": ["links"],
     "Transpose": ["axes"],
+    "Unembed": ["path"],
 }
 CALLABLES: dict[str, Any] = {name: getattr(bmo, name) for name in FUNCTIONS} | {
     f"spec.{name}": getattr(spec, name) for name in LINKS

@@ -22,6 +22,7 @@ from backmatch_optax.powers import Positive
 from backmatch_optax.spec.chain import LayerChain
 from backmatch_optax.spec.composite import Block, Concatenate, Gate, Residual
 from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
+from backmatch_optax.spec.embed import Embed, Tied, Unembed
 from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
 from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
@@ -41,6 +42,7 @@ __all__ = [
     "ConvTranspose",
     "Dense",
     "Dropout",
+    "Embed",
     "Flatten",
     "Gate",
     "GlobalAvgPool",
@@ -60,5 +62,7 @@ __all__ = [
     "Scale",
     "Site",
     "Slice",
+    "Tied",
     "Transpose",
+    "Unembed",
 ]

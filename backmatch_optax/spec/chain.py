@@ -60,10 +60,16 @@ class LayerChain:
             if link.path in owners:
                 raise ValueError(
                     f"LayerChain: two layers declare the path {link.path!r}: "
-                    f"{owners[link.path]} and {link}. A module used twice has no scale "
-                    "of its own; declare each path once."
+                    f"{owners[link.path]} and {link}. Declare a second use as "
+                    f"spec.Tied([{link}])."
                 )
             owners[link.path] = link
+        for link in with_paths(layers, declared=False):
+            if link.path not in owners:
+                raise ValueError(
+                    f"LayerChain: {link} is Tied, but no other layer declares the path "
+                    f"{link.path!r}"
+                )
         for path, link in owners.items():
             for block in owners.values():
                 inside = path.startswith(f"{block.path}/") or block.path == ""

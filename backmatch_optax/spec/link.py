@@ -41,6 +41,8 @@ class Site:
         default_factory=lambda: Moments(number(1.0))
     )
     n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
+    # All uses, of parameters that are used more than once.
+    uses: list[Site] = dataclasses.field(default_factory=list)
     _row_norms: dict[str, Positive] = dataclasses.field(default_factory=dict)
 
     @property
@@ -155,6 +157,7 @@ class Link:
     # Of a link with arms: whether its output is all that they put out, added or side by
     # side, so that size times second moment is the sum of theirs.
     adds_arms: ClassVar[bool] = False
+    declares_arms: ClassVar[bool] = True  # or others declare what they own
 
     def __post_init__(self):
         try:
@@ -243,13 +246,19 @@ def kind_of(value: Any) -> str:
     return f"a {module}{kind.__qualname__}"
 
 
-def with_paths(links: Iterable[Link]) -> Iterator[Any]:
-    """The links with parameters, those inside other links too, input to output."""
+def with_paths(links: Iterable[Link], declared: bool = True) -> Iterator[Any]:
+    """The links with parameters, those inside other links too, input to output.
+
+    Those that declare them, or else those that use what another declares.
+    """
     for link in links:
-        if getattr(link, "path", None) is not None:
+        if declared and getattr(link, "path", None) is not None:
             yield link
         for arm in link.arms.values():
-            yield from with_paths(arm)
+            if link.declares_arms:
+                yield from with_paths(arm, declared)
+            elif not declared:
+                yield from with_paths(arm)
 
 
 def checked_links(name: str, links: Any) -> tuple[Link, ...]:
