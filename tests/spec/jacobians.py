@@ -45,7 +45,9 @@ def agreement(
     first = example[0] if isinstance(example, tuple) else example
     chain = spec.LayerChain(links, input_shape=first.shape)
     assert eval(repr(chain)) == chain
-    transformation = bmo.scale_by_backmatch(chain, gains=gains, norm_floor=0.0)
+    transformation = bmo.scale_by_backmatch(
+        chain, gains=gains, norm_floor=0.0, normalize=False
+    )
 
     def curvatures(key: jax.Array) -> Any:
         drawn, initial, changed = jax.random.split(key, 3)

@@ -66,12 +66,12 @@ def test_an_embedding_alone_is_exact():
     chain = spec.LayerChain([spec.Embed("")], input_shape=(4,))
     table = params["embedding"]
     measured = jnp.sum(jacobian["embedding"] ** 2) / table.size
-    scale = bmo.layer_scales(chain, params)[""]
+    scale = bmo.layer_scales(chain, params, normalize=False)[""]
     assert float(scale * measured) == pytest.approx(1.0)
     # What a link above meets is the mean square of the table.
     chain = spec.LayerChain([spec.Embed("a"), spec.Dense("b")], input_shape=(4,))
     tree = {"a": params, "b": {"kernel": jnp.eye(FEATURES)}}
-    above = bmo.layer_scales(chain, tree)["b"]
+    above = bmo.layer_scales(chain, tree, normalize=False)["b"]
     assert float(above) == pytest.approx(1 / float(4 * jnp.mean(table**2)))
 
 
@@ -104,11 +104,11 @@ def test_every_use_counts_and_every_function_knows_it():
         input_shape=(4,),
     )
     assert chain.paths == ("shared", "head")
-    scales = bmo.layer_scales(chain, params)
+    scales = bmo.layer_scales(chain, params, normalize=False)
     assert {path: float(s) for path, s in scales.items()} == pytest.approx(
         {"shared": 1 / 3, "head": 1.0}
     )
-    table = bmo.describe(chain, params)
+    table = bmo.describe(chain, params, normalize=False)
     rows = [row.split() for row in table.splitlines() if "shared" in row]
     assert [row[-1] for row in rows] == ["0.3333"] * 3
 

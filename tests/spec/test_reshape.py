@@ -19,7 +19,8 @@ def m_z(link: spec.Link, input_shape: tuple[int, ...]) -> float:
     """What the chain takes for the input curvature of a link."""
     below = spec.Block("below", weight_curvature=1.0, input_curvature=1.0)
     chain = spec.LayerChain([below, link], input_shape=input_shape)
-    scales = bmo.layer_scales(chain, {"below": {"kernel": jnp.ones(1)}})
+    params = {"below": {"kernel": jnp.ones(1)}}
+    scales = bmo.layer_scales(chain, params, normalize=False)
     return 1 / float(scales["below"])
 
 
