@@ -20,7 +20,7 @@ import optax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.spec.link import Shape, Site, kind_of
+from backmatch_optax.spec.link import Shape, Site, kind_of, own_path
 
 Unlisted = Literal["error", "identity"]
 
@@ -251,7 +251,7 @@ def _locate_links(
     sites = []
     for index, link in enumerate(links):
         place = f"{within}[{index}]"
-        path = getattr(link, "path", None)
+        path = own_path(link)
         label = place if path is None else repr(path)
         name = f"{place}, {link!r}" if path is None else f"{label} ({place})"
         with _naming(name, f"{source} has shape {shape}"):

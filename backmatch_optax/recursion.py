@@ -84,18 +84,23 @@ def _through_arms(site: Site) -> Positive:
     At the top of an arm `m` becomes `m * m_arm`. Where they meet again the Gauss-Newton
     part of `(J_1 + J_2)^T (J_1 + J_2)` is left, LH (13).
     """
-    m, tops, returned, shares = site.m, [], [], []
+    m, returned, shares = site.m, [], []
     for index, (arm, moments) in enumerate(
         zip(site.arms.values(), site.arm_moments, strict=True)
     ):
-        tops.append(m * site.link.m_arm(site, index) * moments.q)
-        returned.append(backward(arm, tops[-1]))
+        top = m * site.link.m_arm(site, index) * moments.q
+        n = backward(arm, top)
+        if arm and arm[0].link.begins:
+            continue  # at another input of the model
+        returned.append(n)
         # Of `n` times the size of the signal: what becomes of it inside the arm.
         size = math.prod(site.arm_shapes[index]) / site.size_in
-        shares.append(returned[-1] / tops[-1] / size)
+        shares.append(n / top / size)
     # Where all arms keep the same share, that is the share of the whole.
-    adds_up = site.link.adds_arms and all(
-        moments.mean_square is None for moments in site.arm_moments
+    adds_up = (
+        site.link.adds_arms
+        and all(moments.mean_square is None for moments in site.arm_moments)
+        and len(shares) == len(site.arms)
     )
     if adds_up and all(not share.powers for share in shares):
         if len({round(share.log_constant, 9) for share in shares}) == 1:

@@ -39,6 +39,7 @@ RESULTS = [
 ]
 LINKS = {
     "Activation": ["name"],
+    "Attention": ["path"],
     "AvgPool": ["window_shape"],
     "BatchNorm": ["path"],
     "Bias": ["path"],
@@ -48,12 +49,15 @@ LINKS = {
     "Conv": ["path"],
     "ConvTranspose": ["path"],
     "Dense": ["path"],
+    "DenseGeneral": ["path"],
+    "DotProductAttention": ["query", "key", "value"],
     "Dropout": ["rate"],
     "Embed": ["path"],
     "Flatten": [],
     "Gate": ["branch", "gate"],
     "GlobalAvgPool": [],
     "GroupNorm": ["path"],
+    "Input": ["shape"],
     "LayerChain": ["layers"],
     "LayerNorm": ["path"],
     "LayerScale": ["path"],

@@ -19,8 +19,9 @@ Liu, "On the Local Hessian in Back-propagation", NeurIPS 2018.
 
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive
+from backmatch_optax.spec.attention import Attention, DenseGeneral, DotProductAttention
 from backmatch_optax.spec.chain import LayerChain
-from backmatch_optax.spec.composite import Block, Concatenate, Gate, Residual
+from backmatch_optax.spec.composite import Block, Concatenate, Gate, Input, Residual
 from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
 from backmatch_optax.spec.embed import Embed, Tied, Unembed
 from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
@@ -32,6 +33,7 @@ from backmatch_optax.spec.reshape import Reshape, Resize, Slice, Transpose
 
 __all__ = [
     "Activation",
+    "Attention",
     "AvgPool",
     "BatchNorm",
     "Bias",
@@ -41,12 +43,15 @@ __all__ = [
     "Conv",
     "ConvTranspose",
     "Dense",
+    "DenseGeneral",
+    "DotProductAttention",
     "Dropout",
     "Embed",
     "Flatten",
     "Gate",
     "GlobalAvgPool",
     "GroupNorm",
+    "Input",
     "LayerChain",
     "LayerNorm",
     "LayerScale",

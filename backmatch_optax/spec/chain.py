@@ -70,6 +70,7 @@ class LayerChain:
                     f"LayerChain: {link} is Tied, but no other layer declares the path "
                     f"{link.path!r}"
                 )
+        _check_inputs(layers)
         for path, link in owners.items():
             for block in owners.values():
                 inside = path.startswith(f"{block.path}/") or block.path == ""
@@ -90,3 +91,21 @@ class LayerChain:
         return (
             f"spec.LayerChain(\n    {listed},\n    input_shape={self.input_shape},\n)"
         )
+
+
+def _check_inputs(links: Sequence[Link], in_arm: bool = False) -> None:
+    """Raises `ValueError` where other inputs cut the chain off from its own."""
+    for index, link in enumerate(links):
+        if link.begins and (index or not in_arm):
+            raise ValueError(
+                f"LayerChain: {link} must be the first link of an arm; the chain's own "
+                "input is input_shape"
+            )
+        arms = [*link.arms.values()]
+        if arms and all(arm and arm[0].begins for arm in arms):
+            raise ValueError(
+                f"LayerChain: all arms of {link} begin with an input of their own, so "
+                "that nothing reaches what is below"
+            )
+        for arm in arms:
+            _check_inputs(arm, in_arm=True)

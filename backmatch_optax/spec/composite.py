@@ -316,6 +316,47 @@ class Gate(Link):
         return False  # what an arm is handed was multiplied by the other
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Input(Link):
+    """Another input of the model, in the place of what lies below.
+
+    The first link of an arm: a second tower, or what a decoder attends to. The input
+    counts as whitened, `q = 1`, and nothing is handed on.
+
+    Args:
+      shape: of one input without the batch dimension.
+
+    Raises:
+      ValueError: where `shape` is not a sequence of positive ints; or (in `LayerChain`)
+        it is not the first link of an arm, or all arms beside it have an `Input` too.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> two_towers = spec.Concatenate(
+      ...     [[spec.Dense("image")], [spec.Input((16,)), spec.Dense("text")]]
+      ... )
+      >>> two_towers.branches[1][0]
+      spec.Input((16,))
+    """
+
+    shape: Sequence[int]
+
+    begins = True
+
+    def validate(self) -> None:
+        self._canonical(shape=checked_shape("shape", self.shape))
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """As declared."""
+        del input_shape, param_shapes
+        return tuple(self.shape)
+
+    def moments_after(self, here: Site) -> Moments:
+        return Moments(number(1.0))
+
+
 def checked_chains(name: str, chains: Any) -> tuple[tuple[Link, ...], ...]:
     """The links of several chains, or `ValueError`."""
     if not isinstance(chains, Sequence) or not chains:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -43,7 +43,7 @@ class Site:
     n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
     # All uses, of parameters that are used more than once.
     uses: list[Site] = dataclasses.field(default_factory=list)
-    _row_norms: dict[str, Positive] = dataclasses.field(default_factory=dict)
+    _known: dict[str, Positive] = dataclasses.field(default_factory=dict)
 
     @property
     def q(self) -> Positive:
@@ -95,13 +95,21 @@ class Site:
         """BM's `||W||^2_{2,mu}`: the mean over output features of `||w||^2`.
 
         Flax keeps the output features on the last axis of every parameter, so for a
-        BatchNorm's scale or bias this is its mean square. Every call returns the same
-        atom, so that norms cancel.
+        BatchNorm's scale or bias this is its mean square.
         """
-        if role not in self._row_norms:
-            mean = _mean_over_last(self.params[role])
-            self._row_norms[role] = measured(mean, floor=self.norm_floor)
-        return self._row_norms[role]
+        leaf, floor = self.params[role], self.norm_floor
+        return self.once(role, lambda: measured(_mean_over_last(leaf), floor=floor))
+
+    def once(self, name: str, compute: Callable[[], Positive]) -> Positive:
+        """A measured number of this site: the same atom every time, so that it cancels.
+
+        Args:
+          name: what the number is called, other than the site's parameters.
+          compute: makes the number, at the first call.
+        """
+        if name not in self._known:
+            self._known[name] = compute()
+        return self._known[name]
 
 
 @jax.jit  # traced once for every shape, not for every layer
@@ -158,6 +166,7 @@ class Link:
     # side, so that size times second moment is the sum of theirs.
     adds_arms: ClassVar[bool] = False
     declares_arms: ClassVar[bool] = True  # or others declare what they own
+    begins: ClassVar[bool] = False  # takes an input of its own, not what lies below
 
     def __post_init__(self):
         try:
@@ -252,13 +261,18 @@ def with_paths(links: Iterable[Link], declared: bool = True) -> Iterator[Any]:
     Those that declare them, or else those that use what another declares.
     """
     for link in links:
-        if declared and getattr(link, "path", None) is not None:
+        if declared and own_path(link) is not None:
             yield link
         for arm in link.arms.values():
             if link.declares_arms:
                 yield from with_paths(arm, declared)
             elif not declared:
                 yield from with_paths(arm)
+
+
+def own_path(link: Link) -> str | None:
+    """Where a link's parameters lie; those of a link with arms are its arms' own."""
+    return None if link.arms else getattr(link, "path", None)
 
 
 def checked_links(name: str, links: Any) -> tuple[Link, ...]:
