@@ -234,7 +234,7 @@ class DotProductAttention(Link):
 def _lengths(
     positions: int, causal: bool, attended: float | None
 ) -> tuple[np.ndarray, ...]:
-    """What queries see: a row for each number of positions, and the weights of the rows.
+    """What queries see, a row for each number of positions, and the weights of rows.
 
     The columns are logits of unit variance, a Gaussian sample in order, and how many
     positions have each. The largest is 0 here: a softmax does not depend on it. There
