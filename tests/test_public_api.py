@@ -62,6 +62,7 @@ LINKS = {
     "LayerNorm": ["path"],
     "LayerScale": ["path"],
     "MaxPool": ["window_shape"],
+    "Outputs": ["branches"],
     "PReLU": ["path"],
     "RMSNorm": ["path"],
     "Reshape": ["shape"],

@@ -21,7 +21,14 @@ from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive
 from backmatch_optax.spec.attention import Attention, DenseGeneral, DotProductAttention
 from backmatch_optax.spec.chain import LayerChain
-from backmatch_optax.spec.composite import Block, Concatenate, Gate, Input, Residual
+from backmatch_optax.spec.composite import (
+    Block,
+    Concatenate,
+    Gate,
+    Input,
+    Outputs,
+    Residual,
+)
 from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
 from backmatch_optax.spec.embed import Embed, Tied, Unembed
 from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
@@ -58,6 +65,7 @@ __all__ = [
     "Link",
     "MaxPool",
     "Moments",
+    "Outputs",
     "PReLU",
     "Positive",
     "RMSNorm",

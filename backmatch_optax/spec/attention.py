@@ -214,20 +214,31 @@ class DotProductAttention(Link):
 
     def _gains(self, here: Site) -> dict[str, jax.Array]:
         query, key, _ = here.arm_moments
-        logits = query.q * key.variance
-        (t,) = magnitudes([logits], jnp.dtype(jnp.float32))
+        (t,) = magnitudes([query.q * key.variance], jnp.dtype(jnp.float32))
         features = min(here.fan_in, here.fan_out)
-        positions, attended = here.arm_shapes[1][-2], self.attended
-        arrays = _lengths(positions, self.causal, attended)
-        weights, places, masses = (jnp.asarray(array, t.dtype) for array in arrays)
-        sizes = masses * jnp.exp(jnp.sqrt(t) * places)
-        shares = sizes / sizes.sum(axis=1, keepdims=True) / masses.clip(1)
-        squares = (masses * shares**2).sum(axis=1)
-        cubes = (masses * shares**3).sum(axis=1)
-        others = 1 - squares
-        kept = squares + others * t / features
-        chosen = squares * (1 + squares) - 2 * cubes + others**2 / features
-        return {"kept": kept @ weights, "chosen": chosen @ weights}
+        positions = here.arm_shapes[1][-2]
+        return _means(t, features, *_lengths(positions, self.causal, self.attended))
+
+
+@jax.jit  # traced once for every number of positions, not for every layer
+def _means(
+    t: jax.Array,
+    features: jax.typing.ArrayLike,
+    weights: jax.typing.ArrayLike,
+    places: jax.typing.ArrayLike,
+    masses: jax.typing.ArrayLike,
+) -> dict[str, jax.Array]:
+    """Means over queries, whose logits have variance `t`."""
+    arrays = (weights, places, masses)
+    weights, places, masses = (jnp.asarray(array, t.dtype) for array in arrays)
+    sizes = masses * jnp.exp(jnp.sqrt(t) * places)
+    shares = sizes / sizes.sum(axis=1, keepdims=True) / masses.clip(1)
+    squares = (masses * shares**2).sum(axis=1)
+    cubes = (masses * shares**3).sum(axis=1)
+    others = 1 - squares
+    kept = squares + others * t / features
+    chosen = squares * (1 + squares) - 2 * cubes + others**2 / features
+    return {"kept": kept @ weights, "chosen": chosen @ weights}
 
 
 @functools.cache

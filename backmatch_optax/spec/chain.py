@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from backmatch_optax.spec.composite import Block
+from backmatch_optax.spec.composite import Block, Outputs
 from backmatch_optax.spec.link import Link, checked_links, with_paths
 from backmatch_optax.spec.windows import checked_shape
 
@@ -70,7 +70,7 @@ class LayerChain:
                     f"LayerChain: {link} is Tied, but no other layer declares the path "
                     f"{link.path!r}"
                 )
-        _check_inputs(layers)
+        _check_ends(layers)
         for path, link in owners.items():
             for block in owners.values():
                 inside = path.startswith(f"{block.path}/") or block.path == ""
@@ -93,13 +93,21 @@ class LayerChain:
         )
 
 
-def _check_inputs(links: Sequence[Link], in_arm: bool = False) -> None:
-    """Raises `ValueError` where other inputs cut the chain off from its own."""
+def _check_ends(
+    links: Sequence[Link], may_begin: bool = False, may_end: bool = True
+) -> None:
+    """Raises `ValueError` where another input or output is not at an end."""
     for index, link in enumerate(links):
-        if link.begins and (index or not in_arm):
+        if link.begins and (index or not may_begin):
             raise ValueError(
                 f"LayerChain: {link} must be the first link of an arm; the chain's own "
                 "input is input_shape"
+            )
+        ends = isinstance(link, Outputs)
+        if ends and (index + 1 < len(links) or not may_end):
+            raise ValueError(
+                f"LayerChain: {link} must be the last link of the chain; what follows "
+                "an output is one of its branches"
             )
         arms = [*link.arms.values()]
         if arms and all(arm and arm[0].begins for arm in arms):
@@ -108,4 +116,4 @@ def _check_inputs(links: Sequence[Link], in_arm: bool = False) -> None:
                 "that nothing reaches what is below"
             )
         for arm in arms:
-            _check_inputs(arm, in_arm=True)
+            _check_ends(arm, may_begin=True, may_end=ends)

@@ -317,6 +317,67 @@ class Gate(Link):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
+class Outputs(Link):
+    """The end of a model with several outputs: a chain for each of them.
+
+    The loss is the sum of `weight * loss` over the outputs. A weight multiplies its
+    loss's second derivative, and so the backward factor that the recursion starts with:
+
+        m_branch = weight
+
+    An output in the middle, such as an auxiliary head, is one branch, and all that
+    follows it is the other.
+
+    Args:
+      branches: the chains, each a sequence of links that ends in one output.
+      weights: that of each output's loss; None for 1 each.
+
+    Raises:
+      ValueError: where there is no branch, an entry is not a link, or `weights` are not
+        as many positive numbers; or (in `LayerChain`) a link follows.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Outputs([[spec.Dense("actor")], [spec.Dense("critic")]], weights=(1, 2))
+      spec.Outputs(((spec.Dense('actor'),), (spec.Dense('critic'),)), weights=(1.0, 2.0))
+    """
+
+    branches: Sequence[Sequence[Link]]
+    weights: Sequence[float] | None = dataclasses.field(default=None, kw_only=True)
+
+    def validate(self) -> None:
+        self._canonical(branches=checked_chains("branches", self.branches))
+        if self.weights is None:
+            return
+        try:
+            weights = tuple(map(float, self.weights))
+        except (TypeError, ValueError):
+            weights = ()
+        fits = len(weights) == len(self.branches)
+        if not fits or not all(0.0 < weight <= _LARGEST for weight in weights):
+            raise ValueError(
+                f"weights (={self.weights!r}) must be {len(self.branches)} positive "
+                "numbers, one for each branch"
+            )
+        self._canonical(weights=weights)
+
+    @property
+    def arms(self) -> Mapping[str, Sequence[Link]]:
+        return numbered("branches", self.branches)
+
+    def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """All outputs as one axis."""
+        return (sum(map(math.prod, shapes.values())),)
+
+    def moments_after(self, here: Site) -> Moments:
+        shares = [math.prod(shape) / here.size_out for shape in here.arm_shapes]
+        return beside(here.arm_moments, shares, units=True)
+
+    def m_arm(self, here: Site, arm: int) -> Positive:
+        return number(1.0 if self.weights is None else self.weights[arm])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Input(Link):
     """Another input of the model, in the place of what lies below.
 

@@ -13,7 +13,6 @@ from jacobians import agreement, normal
 import backmatch_optax as bmo
 from backmatch_optax import spec
 
-RELU = spec.Activation("relu")
 ORTHOGONAL = nn.initializers.orthogonal()
 
 
@@ -247,45 +246,3 @@ def test_shapes_that_do_not_fit_are_named(link, message):
     chain = spec.LayerChain([link], input_shape=(6, 8))
     with pytest.raises(ValueError, match=message):
         bmo.check_spec(chain, params, unlisted="identity")
-
-
-@pytest.mark.parametrize(
-    ("links", "message"),
-    [
-        ([spec.Input((4,))], r"must be the first link of an arm"),
-        (
-            [spec.Residual([spec.Flatten(), spec.Input((4,))])],
-            r"must be the first link of an arm",
-        ),
-        (
-            [spec.Residual([spec.Input((4,))], [spec.Input((4,))])],
-            r"so that nothing reaches what is below",
-        ),
-    ],
-)
-def test_another_input_must_not_cut_the_chain(links, message):
-    with pytest.raises(ValueError, match=message):
-        spec.LayerChain(links, input_shape=(4,))
-
-
-class Towers(nn.Module):
-    @nn.compact
-    def __call__(self, x, y):
-        x = nn.relu(nn.Dense(24, name="image")(x))
-        y = nn.relu(nn.Dense(16, name="text")(y))
-        return nn.Dense(8, name="head")(jnp.concatenate([x, y], axis=-1))
-
-
-def test_two_towers():
-    def draw(key: jax.Array) -> Any:
-        x, y = jax.random.split(key)
-        return jax.random.normal(x, (16,)), jax.random.normal(y, (12,))
-
-    towers = spec.Concatenate(
-        [
-            [spec.Dense("image"), RELU],
-            [spec.Input((12,)), spec.Dense("text"), RELU],
-        ]
-    )
-    for path, ratio in agreement(Towers(), [towers, spec.Dense("head")], draw).items():
-        assert 0.8 < ratio < 1.25, (path, ratio)
