@@ -338,8 +338,8 @@ class Outputs(Link):
 
     Examples:
       >>> from backmatch_optax import spec
-      >>> spec.Outputs([[spec.Dense("actor")], [spec.Dense("critic")]], weights=(1, 2))
-      spec.Outputs(((spec.Dense('actor'),), (spec.Dense('critic'),)), weights=(1.0, 2.0))
+      >>> spec.Outputs([[spec.Dense("pi")], [spec.Dense("v")]], weights=(1, 2))
+      spec.Outputs(((spec.Dense('pi'),), (spec.Dense('v'),)), weights=(1.0, 2.0))
     """
 
     branches: Sequence[Sequence[Link]]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jacobians import agreement, normal
+from agreements import agreement, normal
 
 import backmatch_optax as bmo
 from backmatch_optax import spec

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from jacobians import agreement, normal
+from agreements import agreement, normal
 
 import backmatch_optax as bmo
 from backmatch_optax import spec

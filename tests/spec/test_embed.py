@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jacobians import agreement, normal
+from agreements import agreement, normal
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
