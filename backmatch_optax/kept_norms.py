@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,18 +12,16 @@ import jax.numpy as jnp
 import optax
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.numerics import wide
-from backmatch_optax.optimizers import frobenius_norm, scaled
-from backmatch_optax.parameters import is_leafless, join, locate, refuse_parts, text
-from backmatch_optax.spec.link import Site
-
-# Fields and types in the states of Optax's optimizers whose steps do not grow with the
-# kernel: most of them hold second moments.
-_NOT_MOMENTUM = (
-    *("nu", "sum_of_squares", "e_g", "v_row", "exp_avg_sq"),
-    *("ScaleByAdanState", "ScaleByLBFGSState", "ScaleByLionState", "ScaleByRpropState"),
-    "MuonState",
+from backmatch_optax.numerics import frobenius_norm, scaled, wide
+from backmatch_optax.parameters import (
+    check_chain,
+    is_leafless,
+    join,
+    locate,
+    refuse_parts,
+    text,
 )
+from backmatch_optax.spec.link import Site, kind_of
 
 
 def keep_norms(
@@ -30,13 +29,12 @@ def keep_norms(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that kernels below a normalisation keep their norm.
 
-    A normalisation takes the norm of the kernel before it away again, so the gradient
-    is orthogonal to the kernel, and every step makes it longer. Without weight decay
-    nothing stops that, and since a back-matched scale grows with the norm squared, the
-    kernel grows exponentially, until it leaves float32. The function that the network
-    computes does not depend on that norm, and neither does training with
-    `scale_by_backmatch` and momentum: scale, gradient and momentum of a kernel
-    :math:`c W` give :math:`c` times the step. So after each step
+    A normalisation takes the norm of the kernel before it away again. So the gradient
+    is orthogonal to the kernel, and every step makes it longer. A back-matched scale
+    grows with the norm squared: without weight decay the kernel grows exponentially,
+    until it leaves float32. The network's function does not depend on that norm.
+    Neither does training with `scale_by_backmatch` and momentum: scale, gradient and
+    momentum of a kernel :math:`c W` give :math:`c` times the step. So after each step
 
     .. math::
       W \leftarrow c \, (W + u), \quad v \leftarrow c \, v, \qquad
@@ -44,15 +42,14 @@ def keep_norms(
 
     with :math:`v` the momentum of the kernel, trains the same function at every step
     (up to the `epsilon` of the normalisation, which a longer kernel makes less of).
-    That holds with `optax.add_decayed_weights` after the scale too. Before the scale,
-    the decay of a longer kernel is another one, and keeping norms is another method. So
-    it is with `normalize=True`, the default, whose mean depends on all norms, and with
-    clipping before the scale.
+    That holds with `optax.add_decayed_weights` after the scale too. With the decay
+    before it, with `normalize=True`, the default, or with clipping, keeping norms is
+    another method.
 
     Args:
       inner: the whole optimizer, from decay to learning rate, such as `backmatch_sgd`.
-        What it keeps for each parameter must be momentum, in proportion to the
-        parameter's size: `optax.trace`, `optax.sgd`, not Adam.
+        Its steps must be in proportion to the gradient, as those of `optax.sgd` with
+        momentum are, and those of Adam are not.
       spec: the declared layer chain. Kernels right before a `BatchNorm` keep their
         norm, and those right before a `LayerNorm`, `GroupNorm` or `RMSNorm` where they
         have no bias.
@@ -63,11 +60,11 @@ def keep_norms(
       it is.
 
     Raises:
-      ValueError: in `init`, where no kernel is right before a normalisation, where
-        the state of `inner` shows that it is no momentum (second moments, Lion, Muon,
-        Rprop), or where the chain does not fit the parameters (see `check_spec`);
-        in `update`, where `params` is None, or inside `jax.shard_map` where a kernel is
-        one device's part of a whole.
+      ValueError: where `inner` is no transformation or `spec` no chain; in `init`,
+        where no kernel is right before a normalisation, where a first step of `inner`
+        is not in proportion to the gradient, or where the chain does not fit the
+        parameters (see `check_spec`); in `update`, where `params` is None, or inside
+        `jax.shard_map` where a kernel is one device's part of a whole.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -90,20 +87,19 @@ def keep_norms(
       fc1 2.8284
       fc2 1.62
     """
+    check_chain(spec)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise ValueError(
+            "keep_norms(inner, spec): inner must be an optax.GradientTransformation, "
+            f"but it is {kind_of(inner)}"
+        )
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> optax.OptState:
         state = inner.init(params)
         if not is_leafless(params):
-            _kernels(spec, params)
-            for name in _NOT_MOMENTUM:
-                if optax.tree.get_all_with_path(state, name):
-                    raise ValueError(
-                        "keep_norms rescales momentum with its kernel, but the steps "
-                        "of this optimizer are not in proportion to the gradient: its "
-                        f"state has {name!r}. Wrap one with momentum alone, such as "
-                        "backmatch_sgd"
-                    )
+            refuse_parts(params, spec.paths)
+            _check_proportion(inner, params, _kernels(spec, params))
         return state
 
     def update_fn(
@@ -145,6 +141,71 @@ def keep_norms(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _check_proportion(
+    inner: optax.GradientTransformationExtraArgs,
+    params: optax.Params,
+    kernels: frozenset[str],
+) -> None:
+    """Raises `ValueError` where twice the gradient makes no steps of twice the size.
+
+    A few steps are tried at constant parameters of the same shapes: without a gradient,
+    so that decay does not count, with one and with twice that one. Gradients are small,
+    so that clipping does not count. The loss is smaller, so that Polyak's step does.
+    """
+
+    def ordinary(leaf: jax.Array) -> jax.Array:
+        return jnp.full(leaf.shape, max(*leaf.shape[-1:], 1) ** 0.5 / leaf.size**0.5)
+
+    def outputs(at: optax.Params) -> jax.Array:
+        return jnp.stack([jnp.sum(leaf) for leaf in jax.tree.leaves(at)])[None]
+
+    def peak(change: jax.Array) -> jax.Array:
+        return jnp.max(jnp.abs(change), initial=0)
+
+    @jax.jit
+    def in_proportion(
+        size: jax.typing.ArrayLike, loss: jax.typing.ArrayLike
+    ) -> jax.Array:
+        at = jax.tree.map(ordinary, params)
+
+        def change(times: int) -> optax.Updates:
+            def gradient(key_path: Any, leaf: jax.Array) -> jax.Array:
+                one = size * (text(key_path) in kernels) / len(kernels) ** 0.5
+                return jnp.zeros_like(leaf).at[(0,) * leaf.ndim].set(times * one)
+
+            def step(state: Any, _: None) -> tuple[Any, Any]:
+                gradients = jax.tree_util.tree_map_with_path(gradient, at)
+                extra: Any = {"value": loss, "outputs_fn": outputs}
+                updates, state = inner.update(gradients, state, at, **extra)
+                return state, updates
+
+            _, updates = jax.lax.scan(step, inner.init(at), length=8)
+            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), updates)
+
+        none, one, two = map(change, range(3))
+        fits = jax.tree.map(
+            lambda n, o, t: peak(t - 2 * o + n) <= 1e-3 * peak(t - n) + 1e-5 * peak(n),
+            *(none, one, two),
+        )
+        return jnp.stack(jax.tree.leaves(fits)).all()
+
+    problem = "its steps are not in proportion to the gradient"
+    try:
+        # This thread may be tracing a function or be inside `shard_map`.
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
+            tried = executor.submit(in_proportion, 0.25, 1e-5)
+            if tried.result():
+                return
+    except jax.errors.UnexpectedTracerError:
+        return  # a learning rate is traced: nothing can be tried
+    except (TypeError, ValueError) as error:  # an argument is missing
+        problem = f"it needs more than gradients and parameters ({error})"
+    raise ValueError(
+        "keep_norms rescales momentum with its kernel, but this optimizer is more than "
+        f"momentum: {problem}. Wrap one such as backmatch_sgd"
+    )
+
+
 def _kernels(spec: _spec.LayerChain, params: optax.Params) -> frozenset[str]:
     """The paths of the kernels whose norm the next link takes away."""
     found = frozenset(_before_norms(locate(spec, params, unlisted="identity")))
@@ -159,15 +220,11 @@ def _kernels(spec: _spec.LayerChain, params: optax.Params) -> frozenset[str]:
 def _before_norms(sites: Sequence[Site]) -> Iterator[str]:
     """Kernels right before a normalisation, in the chain and in its arms."""
     for site, above in itertools.pairwise(sites):
-        centred = isinstance(above.link, _spec.BatchNorm)
-        normed = (_spec.LayerNorm, _spec.GroupNorm, _spec.RMSNorm)
-        # BatchNorm takes a bias away with the mean; to the others it is part of the
-        # signal, and would have to shrink with the kernel.
-        if centred or (isinstance(above.link, normed) and "bias" not in site.params):
-            link: Any = site.link
-            elsewhere = bool(site.uses)  # where its norm may matter
-            if "kernel" in site.params and not (link.owns_subtree or elsewhere):
-                yield join(link.path, "kernel")
+        link: Any = site.link
+        elsewhere = bool(site.uses)  # where its norm may matter
+        has_kernel = "kernel" in site.params and not (link.owns_subtree or elsewhere)
+        if has_kernel and above.link.takes_away_norm("bias" in site.params):
+            yield join(link.path, "kernel")
     for site in sites:
         for arm in site.arms.values():
             yield from _before_norms(arm)

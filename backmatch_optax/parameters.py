@@ -103,19 +103,21 @@ class ParamPaths:
     """The parameters of a tree by path text."""
 
     def __init__(self, params: optax.Params):
-        entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
         self.leaves: dict[str, Any] = {}
+        self._keys: dict[str, KeyPath] = {}
+        self._below: dict[str, list[str]] = {}
+        self.unclaimed: dict[str, None] = {}  # in order
+        self.first_uses: dict[str, Site] = {}  # of a declared path
+        entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
         for key_path, leaf in entries:
             path = text(key_path)
             if path in self.leaves:
                 raise ValueError(f"two parameters have the path {path!r}")
-            self.leaves[path] = leaf
-        self._below: dict[str, list[str]] = {"": list(self.leaves)}
-        for path in self.leaves:
-            for end in (i for i, char in enumerate(path + "/") if char == "/" and i):
-                self._below.setdefault(path[:end], []).append(path)
-        self.claimed: set[str] = set()
-        self.first_uses: dict[str, Site] = {}  # of a declared path
+            self.leaves[path], self._keys[path] = leaf, key_path
+            self.unclaimed[path] = None
+            modules = path.split("/") if path else ()
+            for module in itertools.accumulate(modules, join, initial=""):
+                self._below.setdefault(module, []).append(path)
 
     def below(self, path: str) -> Sequence[str]:
         """The paths of all leaves that a path is the beginning of."""
@@ -125,11 +127,15 @@ class ParamPaths:
         """The one array at or below a path, or None where there is nothing.
 
         Raises:
-          ValueError: where it is masked, or there are several arrays below.
+          ValueError: where it is masked or no real floating array, or there are several
+            below.
         """
         found = self.below(path)
         if not found:
-            self._refuse_masked_module(path)
+            # A mask for a whole module leaves one masked node in its place.
+            for module in itertools.accumulate(path.split("/"), join, initial=""):
+                if is_masked(self.leaves.get(module)):
+                    raise ValueError(masked_text(module))
             return None
         if len(found) > 1:
             raise ValueError(
@@ -138,26 +144,28 @@ class ParamPaths:
         leaf = self.leaves[found[0]]
         if is_masked(leaf):
             raise ValueError(masked_text(path))
-        self.claimed.update(found)
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{path!r} must be an array of a real floating dtype, but it is "
+                + (f"a {type(leaf).__name__}" if dtype is None else f"of {dtype}")
+            )
+        self.unclaimed.pop(found[0], None)
         return leaf
 
-    def _refuse_masked_module(self, path: str) -> None:
-        """A mask for a whole module leaves one masked node in its place."""
-        modules = path.split("/")
-        for end in range(len(modules)):
-            module = "/".join(modules[:end])
-            if is_masked(self.leaves.get(module)):
-                raise ValueError(masked_text(module))
-
-    def subtree(self, path: str) -> dict[str, Any]:
-        """Everything below a path, as nested dicts of arrays."""
-        tree: dict[str, Any] = {}
+    def subtree(self, path: str) -> dict[Any, Any]:
+        """Claims everything below a path: nested dicts of arrays, keys as they are."""
+        depth = len(path.split("/")) if path else 0
+        tree: dict[Any, Any] = {}
         for found in self.below(path):
             node = tree
-            *modules, role = found[len(path) :].strip("/").split("/")
+            parts = found.split("/") if found else []
+            keys = [_name(key) for key in self._keys[found]]
+            names = keys if len(keys) >= len(parts) else parts  # "a/b" is one key
+            *modules, role = names[depth : len(parts)] or [""]
             for module in modules:
                 node = node.setdefault(module, {})
-            node[role] = self.leaves[found]
+            node[role] = self.claim(found)
         return tree
 
     def missing(self, path: str) -> str:
@@ -168,9 +176,12 @@ class ParamPaths:
             hint = " Pass variables['params'], not all variables."
         return f"no parameter at {path!r}.{hint} Available: {listed(self.leaves)}"
 
-    def unclaimed(self) -> list[str]:
-        """The paths no layer has claimed."""
-        return [path for path in self.leaves if path not in self.claimed]
+
+def _name(key: Any) -> Any:
+    """The key of a dict, the index of a sequence or the name of an attribute."""
+    return next(
+        getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)
+    )
 
 
 def check_spec(
@@ -221,20 +232,16 @@ def locate(
     spec: _spec.LayerChain, params: optax.Params, *, unlisted: Unlisted = "error"
 ) -> list[Site]:
     """The links at their places, with shapes and parameters (see `check_spec`)."""
-    if not isinstance(spec, _spec.LayerChain):
-        raise ValueError(
-            "spec must be a backmatch_optax.spec.LayerChain, but it is " + kind_of(spec)
-        )
+    check_chain(spec)
     if unlisted not in ("error", "identity"):
         raise ValueError(f"unlisted (={unlisted!r}) must be 'error' or 'identity'")
     paths = ParamPaths(params)
     sites = _locate_links(
         spec.layers, "layers", tuple(spec.input_shape), "the input of the chain", paths
     )
-    missed = paths.unclaimed()
-    if missed and unlisted == "error":
+    if paths.unclaimed and unlisted == "error":
         raise ValueError(
-            f"spec: no declared layer covers {listed(missed)}. Declared: "
+            f"spec: no declared layer covers {listed(paths.unclaimed)}. Declared: "
             f"{listed(spec.paths)}. Declare the layers, or pass unlisted='identity' to "
             "leave the gradients of such parameters as they are."
         )
@@ -252,8 +259,8 @@ def _locate_links(
     for index, link in enumerate(links):
         place = f"{within}[{index}]"
         path = own_path(link)
-        label = place if path is None else repr(path)
-        name = f"{place}, {link!r}" if path is None else f"{label} ({place})"
+        label = repr(path) if path else place
+        name = f"{label} ({place})" if path else f"{place}, {link!r}"
         with _naming(name, f"{source} has shape {shape}"):
             params = {} if path is None else _claim(link, path, paths)
         arms = {
@@ -295,8 +302,6 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
     if link.owns_subtree:
         if not paths.below(path):
             raise ValueError(paths.missing(path))
-        for found in paths.below(path):
-            _check_dtype(found, paths.claim(found))
         return paths.subtree(path)
     params = {}
     for role in link.roles:
@@ -306,7 +311,6 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
                 f"path (={path!r}) must be the array's own, {listed(paths.below(path))}"
             )
         if leaf is not None:
-            _check_dtype(join(path, role), leaf)
             params[role] = leaf
         elif role in link.required_roles:
             raise ValueError(paths.missing(join(path, role)))
@@ -319,12 +323,3 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
         if 0 in jnp.shape(leaf):
             raise ValueError(f"its {role} of shape {leaf.shape} holds nothing")
     return params
-
-
-def _check_dtype(path: str, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
-            f"{path!r} must be an array of a real floating dtype, but it is "
-            + (f"a {type(leaf).__name__}" if dtype is None else f"of {dtype}")
-        )

@@ -165,7 +165,7 @@ def measured(
     """A non-negative scalar array of float32 or wider.
 
     Zero counts as an infinitesimal whose coefficient is one. What has overflowed counts
-    as the largest finite number, NaN stays NaN, and a negative number becomes one.
+    as the largest finite number. NaN stays NaN, and a negative number becomes NaN.
 
     Args:
       value: of a parameter, its squared norm.
@@ -174,8 +174,31 @@ def measured(
     return Positive(0.0, {Atom(*_log_and_order(value), floor=floor): 1})
 
 
+def share(
+    part: Positive, rest: float, *, floor: jax.typing.ArrayLike | None = None
+) -> Positive:
+    """`part / (part + rest)`, as one atom; of an infinitesimal, of its coefficient.
+
+    Args:
+      part: the number.
+      rest: a positive number.
+      floor: the least that the share counts as where it is divided by; None for none.
+    """
+    log = part.log()
+    if not part.powers:
+        return Positive(-math.log1p(rest * math.exp(-log)))
+    log = _log_share(jnp.asarray(log), math.log(rest))
+    return Positive(0.0, {Atom(log, jnp.zeros_like(log), floor=floor): 1})
+
+
 # Called for every layer, so compiled: its operations are traced once, not each time.
 @jax.jit
+def _log_share(log: jax.Array, log_rest: jax.typing.ArrayLike) -> jax.Array:
+    # Behind a barrier: else XLA computes it anew for every number it enters.
+    return jax.lax.optimization_barrier(-jax.nn.softplus(log_rest - log))
+
+
+@jax.jit  # as above
 def _log_and_order(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     limits = jnp.finfo(value.dtype)
     # Subnormals too: XLA may flush them to zero in `log`.

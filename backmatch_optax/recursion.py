@@ -82,7 +82,8 @@ def _through_arms(site: Site) -> Positive:
     """Arms side by side: each is handed its own curvature, and what returns adds up.
 
     At the top of an arm `m` becomes `m * m_arm`. Where they meet again the Gauss-Newton
-    part of `(J_1 + J_2)^T (J_1 + J_2)` is left, LH (13).
+    part of `(J_1 + J_2)^T (J_1 + J_2)` is left, LH (13). Where the arms are related,
+    what returns is known, cross terms included.
     """
     m, returned, shares = site.m, [], []
     for index, (arm, moments) in enumerate(
@@ -96,6 +97,8 @@ def _through_arms(site: Site) -> Positive:
         # Of `n` times the size of the signal: what becomes of it inside the arm.
         size = math.prod(site.arm_shapes[index]) / site.size_in
         shares.append(n / top / size)
+    if site.m_z_of_arms is not None:
+        return m * site.m_z_of_arms * site.q
     # Where all arms keep the same share, that is the share of the whole.
     adds_up = (
         site.link.adds_arms

@@ -87,11 +87,11 @@ def lenet_spec(input_shape: tuple[int, ...] = (32, 32, 3)) -> spec.LayerChain:
             spec.Conv("cv1", padding="VALID"),
             spec.BatchNorm(),
             relu,
-            spec.MaxPool((2, 2), strides=(2, 2)),
+            spec.MaxPool((2, 2), strides=2),
             spec.Conv("cv2", padding="VALID"),
             spec.BatchNorm(),
             relu,
-            spec.MaxPool((2, 2), strides=(2, 2)),
+            spec.MaxPool((2, 2), strides=2),
             spec.Flatten(),
             spec.Dense("fc1"),
             spec.BatchNorm(),
@@ -150,7 +150,7 @@ def vgg_spec(depth: int, input_shape: tuple[int, ...] = (32, 32, 3)) -> spec.Lay
     convolutions = 0
     for features in _VGG_LAYERS[depth]:
         if isinstance(features, str):
-            links.append(spec.MaxPool((2, 2), strides=(2, 2)))
+            links.append(spec.MaxPool((2, 2), strides=2))
         else:
             conv = spec.Conv(f"Conv_{convolutions}")
             links += [conv, spec.BatchNorm(), spec.Activation("relu")]

@@ -508,10 +508,9 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
         _, centred, square = [*_normalised(small, source)][index]
         normalised = (small.values - leaves["bias"]) / leaves["scale"] / factor
         epsilon = np.median((centred / normalised) ** 2 - square)
-        usual = getattr(link, "epsilon", epsilon)
-        if not np.isclose(epsilon, usual, rtol=1e-2, atol=1e-10):
-            found: Any = {"epsilon": float(f"{max(epsilon, 0.0):.3g}")}
-            links[0] = dataclasses.replace(links[0], **found)
+        if not np.isclose(epsilon, link.epsilon, rtol=1e-2, atol=1e-10):
+            found = float(f"{max(epsilon, 0.0):.3g}")
+            links[0] = dataclasses.replace(link, path=path, epsilon=found)
         return Step(node, source, links)
     return None
 

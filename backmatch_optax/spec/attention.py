@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +15,14 @@ import numpy as np
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, magnitudes, measured, number
 from backmatch_optax.spec.composite import Input
-from backmatch_optax.spec.link import Link, Shape, Site, check_path, checked_links
+from backmatch_optax.spec.link import (
+    Link,
+    Shape,
+    Site,
+    check_number,
+    check_path,
+    checked_links,
+)
 from backmatch_optax.spec.windows import checked_shape
 
 
@@ -237,7 +243,8 @@ def _means(
     cubes = (masses * shares**3).sum(axis=1)
     others = 1 - squares
     kept = squares + others * t / features
-    chosen = squares * (1 + squares) - 2 * cubes + others**2 / features
+    spread = jnp.maximum(squares * (1 + squares) - 2 * cubes, 0)  # but for rounding
+    chosen = spread + others**2 / features
     return {"kept": kept @ weights, "chosen": chosen @ weights}
 
 
@@ -338,9 +345,9 @@ class Attention(Link):
         return here.arm_moments[0]
 
 
-def _checked_attended(attended: object) -> float | None:
+def _checked_attended(attended: float | None) -> float | None:
     if attended is None:
         return None
-    if not isinstance(attended, numbers.Real) or not 1 < float(attended) < math.inf:
-        raise ValueError(f"attended (={attended!r}) must be a number above 1, or None")
+    wanted = "a number above 1, or None"
+    check_number("attended", attended, wanted, lambda n: 1.0 < n < math.inf)
     return float(attended)

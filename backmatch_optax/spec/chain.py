@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from backmatch_optax.spec.composite import Block, Outputs
+from backmatch_optax.spec.composite import Outputs
 from backmatch_optax.spec.link import Link, checked_links, with_paths
 from backmatch_optax.spec.windows import checked_shape
 
@@ -51,12 +51,11 @@ class LayerChain:
     input_shape: Sequence[int] = dataclasses.field(kw_only=True)
 
     def __post_init__(self):
-        layers = checked_links("layers", self.layers)
-        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "layers", checked_links("layers", self.layers))
         input_shape = checked_shape("input_shape", self.input_shape)
         object.__setattr__(self, "input_shape", input_shape)
         owners: dict[str, Any] = {}
-        for link in with_paths(layers):
+        for link in with_paths(self.layers):
             if link.path in owners:
                 raise ValueError(
                     f"LayerChain: two layers declare the path {link.path!r}: "
@@ -64,17 +63,17 @@ class LayerChain:
                     f"spec.Tied([{link}])."
                 )
             owners[link.path] = link
-        for link in with_paths(layers, declared=False):
+        for link in with_paths(self.layers, declared=False):
             if link.path not in owners:
                 raise ValueError(
                     f"LayerChain: {link} is Tied, but no other layer declares the path "
                     f"{link.path!r}"
                 )
-        _check_ends(layers)
-        for path, link in owners.items():
-            for block in owners.values():
+        _check_ends(self.layers)
+        for block in filter(lambda link: link.owns_subtree, owners.values()):
+            for path, link in owners.items():
                 inside = path.startswith(f"{block.path}/") or block.path == ""
-                if isinstance(block, Block) and block is not link and inside:
+                if block is not link and inside:
                     raise ValueError(
                         f"LayerChain: {link} lies inside {block}, which owns every "
                         "parameter below its path"

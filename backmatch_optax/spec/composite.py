@@ -11,11 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from backmatch_optax.moments import Moments, beside
 from backmatch_optax.numerics import wide
 from backmatch_optax.powers import Positive, measured, number
+from backmatch_optax.spec import crossterms
 from backmatch_optax.spec.link import (
+    Elementwise,
     Link,
     Shape,
     Site,
@@ -52,7 +55,8 @@ class Block(Link):
 
     Raises:
       ValueError: where a curvature is neither a positive number nor a function, or (at
-        `init`) a function returns something that is not a real scalar.
+        `init`) a function returns something that is not a real scalar, or a negative
+        one. Under `jax.jit` a negative number makes scales of NaN.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -133,7 +137,13 @@ class Block(Link):
                 f"spec layer {here.label}: {name} must return a real scalar, but it "
                 f"returned {found}"
             )
-        return measured(jnp.asarray(value, wide(dtype)))
+        value = jnp.asarray(value, wide(dtype))
+        if not isinstance(value, Tracer) and value < 0:
+            raise ValueError(
+                f"spec layer {here.label}: {name} must return a positive number, but "
+                f"it returned {value}"
+            )
+        return measured(value)  # traced, below 0 it is NaN
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -141,7 +151,9 @@ class Residual(Link):
     """Two chains side by side whose outputs are added: `branch(x) + shortcut(x)`.
 
     Second moments add, and so do backward factors: the Gauss-Newton part of
-    `(I + J)^T (I + J)`, LH (13), with the cross terms left out.
+    `(I + J)^T (I + J)`, LH (13), with the cross terms left out. With mean-field gains
+    they count where both arms are elementwise functions of the same input, as in
+    `x + relu(x)`.
 
     Args:
       branch: the links of the branch, from input to output.
@@ -172,7 +184,14 @@ class Residual(Link):
 
     adds_arms = True
 
+    def elementwise(self, here: Site) -> Elementwise | None:
+        return crossterms.elementwise_sum(here)
+
     def moments_after(self, here: Site) -> Moments:
+        together = crossterms.together(here)
+        if together:
+            here.m_z_of_arms = together.m_z
+            return together.moments
         branch, shortcut = here.arm_moments
         return branch + shortcut
 

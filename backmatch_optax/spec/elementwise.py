@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import numbers
 
-from backmatch_optax.moments import Moments, after_activation
+from backmatch_optax.moments import Moments, activation, after_activation
 from backmatch_optax.powers import Positive, number
-from backmatch_optax.spec.link import Link, Site
+from backmatch_optax.spec.link import Elementwise, Link, Site, check_number
 
 ACTIVATIONS = (
     "celu",
@@ -66,6 +65,10 @@ class Activation(Link):
     def centres(self, centred: bool) -> bool:
         return centred and self.name == "identity"
 
+    def elementwise(self, here: Site) -> Elementwise:
+        del here
+        return activation(self.name)
+
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:
             return here.moments
@@ -82,9 +85,9 @@ class Dropout(Link):
     """Dropout, which keeps the mean of signal and gradient.
 
     With the papers' gains it counts as 1 both ways. With mean-field gains both second
-    moments grow by `1 / (1 - rate)`, the square of what is kept times its share. The
-    same holds where whole examples are dropped: as the last link of a residual branch
-    it is stochastic depth.
+    moments grow by `1 / (1 - rate)`: what is kept is squared, times its share. The same
+    holds where whole examples are dropped: as the last link of a residual branch it is
+    stochastic depth.
 
     Args:
       rate: the share of entries, or of examples, that are dropped.
@@ -101,10 +104,7 @@ class Dropout(Link):
     rate: float = 0.0
 
     def validate(self) -> None:
-        rate = self.rate
-        if not isinstance(rate, numbers.Real) or not 0.0 <= float(rate) < 1.0:
-            raise ValueError(f"rate (={rate!r}) must be a number in [0, 1)")
-        self._canonical(rate=float(rate))
+        check_number("rate", self.rate, "a number in [0, 1)", lambda r: 0.0 <= r < 1.0)
 
     def moments_after(self, here: Site) -> Moments:
         before = here.moments
@@ -123,9 +123,9 @@ class Scale(Link):
     """Multiplication by a constant, such as `0.5 * x` or a division by `sqrt(2)`.
 
     Only the square of the constant counts. With mean-field gains the difference of two
-    signals, a `Residual` with `Scale(-1)`, is therefore taken for their sum: where both
-    have a mean in common, as after ReLUs, its second moment comes out too large, by up
-    to a factor of about 2.
+    signals behind kernels, a `Residual` with `Scale(-1)`, is therefore taken for their
+    sum: where both have a mean in common, as after ReLUs, its second moment comes out
+    too large, by up to a factor of about 2.
 
     Args:
       factor: the constant, not zero.
@@ -142,16 +142,16 @@ class Scale(Link):
     factor: float
 
     def validate(self) -> None:
-        factor = self.factor
-        if not isinstance(factor, numbers.Real) or not 0.0 < abs(factor) < math.inf:
-            raise ValueError(
-                f"factor (={factor!r}) must be a finite number other than zero"
-            )
-        self._canonical(factor=float(factor))
+        wanted = "a finite number other than zero"
+        check_number("factor", self.factor, wanted, lambda f: 0 < abs(f) < math.inf)
+
+    def elementwise(self, here: Site) -> Elementwise:
+        del here
+        return lambda values: self.factor * values
 
     def moments_after(self, here: Site) -> Moments:
-        return here.moments * self.factor**2
+        return here.moments * self.m_z(here)
 
     def m_z(self, here: Site) -> Positive:
         del here
-        return number(self.factor**2)
+        return number(abs(self.factor)) ** 2  # whose float may be none

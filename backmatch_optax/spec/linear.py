@@ -6,27 +6,31 @@ import dataclasses
 from collections.abc import Mapping
 
 from backmatch_optax.moments import Moments
+from backmatch_optax.numerics import checked_count
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Link, Shape, Site, check_path, check_vector
 from backmatch_optax.spec.windows import (
-    SIZE_KEEPING,
     Padding,
     PerDimension,
+    Window,
     Windowed,
-    canonical_counts,
-    canonical_padding,
-    output_sizes,
-    taps_inside,
-    transposed_padding,
-    transposed_sizes,
+    checked_counts,
+    extents,
+    per_dimension,
 )
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Linear(Link):
     """What all linear layers share: kernel and bias, applied at every position."""
 
+    path: str
+
     roles = ("kernel", "bias")
     required_roles = ("kernel",)
+
+    def validate(self) -> None:
+        check_path(self.path)
 
     def uses(self, here: Site) -> float:
         """How often a kernel entry is used: once for every position of the output."""
@@ -79,11 +83,6 @@ class Dense(_Linear):
       spec.Dense('fc1')
     """
 
-    path: str
-
-    def validate(self) -> None:
-        check_path(self.path)
-
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
     ) -> Shape:
@@ -93,13 +92,45 @@ class Dense(_Linear):
             raise ValueError(
                 f"expects a kernel of shape (in, out), but it has shape {kernel}"
             )
-        _check_features("kernel", kernel, kernel[0], input_shape)
-        check_vector("bias", param_shapes, kernel[-1])
+        _check_features(param_shapes, input_shape)
         return (*input_shape[:-1], kernel[-1])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Conv(Windowed, _Linear):
+class _Convolution(Windowed, _Linear):
+    """What convolutions share: a kernel `(*window, in / groups, out)`."""
+
+    padding: Padding = dataclasses.field(default="SAME", kw_only=True)
+    kernel_dilation: PerDimension = dataclasses.field(default=1, kw_only=True)
+
+    def validate(self) -> None:
+        _Linear.validate(self)
+        Windowed.validate(self)
+        dilation = checked_counts("kernel_dilation", self.kernel_dilation)
+        self._canonical(kernel_dilation=dilation)
+
+    @property
+    def groups(self) -> int:
+        """How many groups the input features are split into."""
+        return 1
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """Positions by Flax's padding rules, the kernel's output features."""
+        kernel, sizes = param_shapes["kernel"], input_shape[:-1]
+        if not len(kernel) == len(sizes) + 2 >= 3:
+            raise ValueError(
+                "expects a kernel of shape (*window, in / groups, out) and an input "
+                f"of as many spatial dimensions, but the kernel has shape {kernel}"
+            )
+        _check_features(param_shapes, input_shape, self.groups)
+        window = self.window(sizes, kernel[:-2], self.kernel_dilation)
+        return (*window.output_sizes(), kernel[-1])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Conv(_Convolution):
     """A convolution over 1, 2 or 3 dimensions, `flax.linen.Conv` or `flax.nnx.Conv`.
 
     Its kernel's shape is read from the parameters. Padded positions count like others,
@@ -120,54 +151,22 @@ class Conv(Windowed, _Linear):
     Examples:
       >>> from backmatch_optax import spec
       >>> spec.Conv("Conv_0", strides=(2, 2), padding=[(1, 1), (1, 1)])
-      spec.Conv('Conv_0', strides=2, padding=1)
+      spec.Conv('Conv_0', strides=(2, 2), padding=((1, 1), (1, 1)))
     """
 
-    path: str
     strides: PerDimension = dataclasses.field(default=1, kw_only=True)
-    padding: Padding = dataclasses.field(default="SAME", kw_only=True)
-    kernel_dilation: PerDimension = dataclasses.field(default=1, kw_only=True)
     feature_group_count: int = dataclasses.field(default=1, kw_only=True)
 
-    def validate(self) -> None:
-        check_path(self.path)
-        groups = canonical_counts("feature_group_count", self.feature_group_count)
-        if not isinstance(self.feature_group_count, int):
-            raise ValueError(
-                f"feature_group_count (={groups!r}) must be a positive int"
-            )
-        self._canonical(feature_group_count=groups)
-        self._canonical_entries(
-            strides=canonical_counts("strides", self.strides),
-            padding=canonical_padding(self.padding, ("VALID", *SIZE_KEEPING)),
-            kernel_dilation=canonical_counts("kernel_dilation", self.kernel_dilation),
-        )
+    paddings = ("VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
 
-    def shape_after(
-        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
-    ) -> Shape:
-        """Positions by Flax's padding rules, the kernel's output features."""
-        kernel = param_shapes["kernel"]
-        _check_conv_kernel(kernel, input_shape)
-        self._check_entries(input_shape)
-        groups = self.feature_group_count
-        _check_features("kernel", kernel, kernel[-2] * groups, input_shape)
-        if kernel[-1] % groups:
-            raise ValueError(
-                f"feature_group_count (={groups}) must divide the {kernel[-1]} output "
-                f"features of its kernel of shape {kernel}"
-            )
-        check_vector("bias", param_shapes, kernel[-1])
-        if self.padding == "CAUSAL" and len(kernel) != 3:
-            raise ValueError("padding 'CAUSAL' is for one spatial dimension alone")
-        sizes = output_sizes(
-            input_shape[:-1],
-            kernel[:-2],
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-        )
-        return (*sizes, kernel[-1])
+    def validate(self) -> None:
+        super().validate()
+        groups = checked_count("feature_group_count", self.feature_group_count)
+        self._canonical(feature_group_count=groups)
+
+    @property
+    def groups(self) -> int:
+        return self.feature_group_count
 
     def uses(self, here: Site) -> float:
         # In the papers a tap on the padding counts like any other.
@@ -182,18 +181,13 @@ class Conv(Windowed, _Linear):
     def _inside(self, here: Site) -> tuple[float, float]:
         if self.padding in ("CIRCULAR", "REFLECT"):  # these pad with the input itself
             return here.positions_out, 1.0
-        return taps_inside(
-            here.input_shape[:-1],
-            here.params["kernel"].shape[:-2],
-            here.output_shape[:-1],
-            strides=self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-        )
+        taps = here.params["kernel"].shape[:-2]
+        window = self.window(here.input_shape[:-1], taps, self.kernel_dilation)
+        return window.inside(here.output_shape[:-1])
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class ConvTranspose(Windowed, _Linear):
+class ConvTranspose(_Convolution):
     """A transposed convolution, `flax.linen.ConvTranspose` or `flax.nnx.ConvTranspose`.
 
     Args:
@@ -210,74 +204,60 @@ class ConvTranspose(Windowed, _Linear):
     Examples:
       >>> from backmatch_optax import spec
       >>> spec.ConvTranspose("ConvTranspose_0", strides=(2, 2))
-      spec.ConvTranspose('ConvTranspose_0', strides=2)
+      spec.ConvTranspose('ConvTranspose_0', strides=(2, 2))
     """
 
-    path: str
-    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
-    padding: Padding = dataclasses.field(default="SAME", kw_only=True)
-    kernel_dilation: PerDimension = dataclasses.field(default=1, kw_only=True)
+    paddings = ("VALID", "SAME", "CIRCULAR")
 
-    def validate(self) -> None:
-        check_path(self.path)
-        strides = self.strides
-        self._canonical_entries(
-            strides=None if strides is None else canonical_counts("strides", strides),
-            padding=canonical_padding(self.padding, ("VALID", "SAME", "CIRCULAR")),
-            kernel_dilation=canonical_counts("kernel_dilation", self.kernel_dilation),
-        )
-
-    def shape_after(
-        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
-    ) -> Shape:
-        """Positions by Flax's padding rules, the kernel's output features."""
-        kernel = param_shapes["kernel"]
-        _check_conv_kernel(kernel, input_shape)
-        self._check_entries(input_shape)
-        _check_features("kernel", kernel, kernel[-2], input_shape)
-        check_vector("bias", param_shapes, kernel[-1])
-        sizes = transposed_sizes(
-            input_shape[:-1],
-            kernel[:-2],
-            strides=1 if self.strides is None else self.strides,
-            padding=self.padding,
-            dilation=self.kernel_dilation,
-        )
-        return (*sizes, kernel[-1])
+    def window(self, sizes: Shape, taps: Shape, dilation: PerDimension = 1) -> Window:
+        """That of a convolution of the input with zeros between its positions."""
+        rank = len(sizes)
+        strides = per_dimension("strides", self.strides or 1, rank)
+        steps = per_dimension("kernel_dilation", dilation, rank)
+        pads = []
+        for extent, stride in zip(extents(taps, steps), strides, strict=True):
+            # As `jax.lax.conv_transpose` pads; CIRCULAR puts out what SAME does.
+            total, low = extent + stride - 2, extent - 1
+            if self.padding == "VALID":
+                total += max(extent - stride, 0)
+            elif stride < extent:
+                low = -(-total // 2)
+            pads.append((low, total - low))
+        if not isinstance(self.padding, str):
+            pads = self.pairs(rank)
+        spread = [
+            (n - 1) * stride + 1 for n, stride in zip(sizes, strides, strict=True)
+        ]
+        return Window(tuple(spread), taps, (1,) * rank, steps, pads)
 
     def uses(self, here: Site) -> float:
         """Once for every position of the input, which it spreads over the output."""
         if isinstance(self.padding, str):
             return here.positions_in
-        window, dilation = here.params["kernel"].shape[:-2], self.kernel_dilation
-        # Little padding cuts the output off, and with it what some inputs spread.
-        uses, _ = taps_inside(
-            here.output_shape[:-1],
-            window,
-            here.input_shape[:-1],
-            strides=1 if self.strides is None else self.strides,
-            padding=transposed_padding(window, self.padding, dilation),
-            dilation=dilation,
-        )
-        return uses
+        # Little padding cuts the output off, and with it what some inputs spread: the
+        # taps of the convolution that this one is the transpose of fall outside.
+        inputs, outputs = here.input_shape[:-1], here.output_shape[:-1]
+        taps, rank = here.params["kernel"].shape[:-2], len(inputs)
+        steps = per_dimension("kernel_dilation", self.kernel_dilation, rank)
+        cut = zip(extents(taps, steps), self.pairs(rank), strict=True)
+        pads = [(extent - 1 - low, 0) for extent, (low, _) in cut]
+        strides = per_dimension("strides", self.strides or 1, rank)
+        return Window(outputs, taps, strides, steps, pads).inside(inputs)[0]
 
 
-def _check_conv_kernel(kernel: Shape, input_shape: Shape) -> None:
-    if len(kernel) < 3:
+def _check_features(
+    param_shapes: Mapping[str, Shape], input_shape: Shape, groups: int = 1
+) -> None:
+    """Raises `ValueError` where a kernel fits neither its input nor its bias."""
+    kernel = param_shapes["kernel"]
+    if input_shape[-1] != kernel[-2] * groups:
         raise ValueError(
-            "expects a kernel of shape (*window, in / groups, out), but it has shape "
-            f"{kernel}"
+            f"its kernel of shape {kernel} takes {kernel[-2] * groups} input features, "
+            f"but its input has {input_shape[-1]}"
         )
-    if len(kernel) != len(input_shape) + 1:
+    if kernel[-1] % groups:
         raise ValueError(
-            f"has a kernel of shape {kernel}, with {len(kernel) - 2} spatial "
-            f"dimensions, but its input has {len(input_shape) - 1}"
+            f"feature_group_count (={groups}) must divide the {kernel[-1]} output "
+            f"features of its kernel of shape {kernel}"
         )
-
-
-def _check_features(role: str, shape: Shape, expected: int, input_shape: Shape) -> None:
-    if input_shape[-1] != expected:
-        raise ValueError(
-            f"its {role} of shape {shape} takes {expected} input features, but its "
-            f"input has {input_shape[-1]}"
-        )
+    check_vector("bias", param_shapes, kernel[-1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,6 +17,9 @@ from backmatch_optax.numerics import wide
 from backmatch_optax.powers import Positive, measured, number
 
 Shape = tuple[int, ...]
+
+# Of values of shape (units, values of a unit), which it changes one by one.
+Elementwise = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,6 +42,7 @@ class Site:
     centred: bool = False  # whether cotangents at the output have mean zero
     moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     arm_moments: Sequence[Moments] = ()  # at the outputs of the arms
+    m_z_of_arms: Positive | None = None  # of related arms, cross terms included
     moments_out: Moments = dataclasses.field(
         default_factory=lambda: Moments(number(1.0))
     )
@@ -223,9 +229,26 @@ class Link:
         """
         return centred
 
+    def takes_away_norm(self, has_bias: bool) -> bool:
+        """Whether its output does not depend on the norm of the kernel right before it.
+
+        True of normalisations (`epsilon` left aside); `has_bias` says whether a bias is
+        added to what that kernel puts out.
+        """
+        del has_bias
+        return False
+
+    def elementwise(self, here: Site) -> Elementwise | None:
+        """The link as a function of each value; None for what mixes coordinates.
+
+        It tells what arms without kernels have in common (see `crossterms`).
+        """
+        del here
+        return None
+
     def __repr__(self) -> str:
         arguments = []
-        for field in dataclasses.fields(self):
+        for field in sorted(dataclasses.fields(self), key=lambda f: bool(f.kw_only)):
             value = getattr(self, field.name)
             if type(value) is type(field.default) and value == field.default:
                 continue
@@ -279,8 +302,7 @@ def checked_links(name: str, links: Any) -> tuple[Link, ...]:
     """The links of a sequence as a tuple, or `ValueError`."""
     if isinstance(links, Link) or not isinstance(links, Iterable):
         raise ValueError(f"{name} must be a sequence of links, but it is {links!r}")
-    links = tuple(links)
-    for index, link in enumerate(links):
+    for index, link in enumerate(links := tuple(links)):
         if not isinstance(link, Link):
             raise ValueError(
                 f"{name}[{index}] must be a link such as spec.Dense('Dense_0'), but it "
@@ -291,16 +313,23 @@ def checked_links(name: str, links: Any) -> tuple[Link, ...]:
 
 def check_path(path: Any) -> None:
     """Raises `ValueError` where a path is not names joined by single slashes."""
-    if not isinstance(path, str):
+    if not isinstance(path, str) or (path and "" in path.split("/")):
         raise ValueError(
-            f"path (={path!r}) must be a string such as 'Dense_0' or 'Block_0/Conv_1', "
-            f"but it is a {type(path).__name__}"
+            f"path (={path!r}) must be a string of names joined by single slashes, "
+            "such as 'Dense_0' or 'Block_0/Conv_1'"
         )
-    if path and "" in path.split("/"):
-        raise ValueError(
-            f"path (={path!r}) must be names joined by single slashes, such as "
-            "'Block_0/Conv_1', without one at either end"
-        )
+
+
+def check_number(
+    name: str, value: Any, wanted: str, fits: Callable[[float], bool]
+) -> None:
+    """Raises `ValueError` where a value is no real number, or one that does not fit."""
+    try:
+        number = float(value) if isinstance(value, numbers.Real) else math.nan
+    except OverflowError:  # of an int
+        number = math.inf
+    if not fits(number):
+        raise ValueError(f"{name} (={reprlib.repr(value)}) must be {wanted}")
 
 
 def check_vector(role: str, param_shapes: Mapping[str, Shape], features: int) -> None:

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
+import jax
+import jax.numpy as jnp
+
 from backmatch_optax.moments import Moments
-from backmatch_optax.powers import Positive, number
-from backmatch_optax.spec.link import Link, Shape, Site, check_path, check_vector
+from backmatch_optax.numerics import checked_count
+from backmatch_optax.powers import Positive, magnitudes, number, share
+from backmatch_optax.spec.crossterms import DENSITY
+from backmatch_optax.spec.link import (
+    Elementwise,
+    Link,
+    Shape,
+    Site,
+    check_number,
+    check_path,
+    check_vector,
+)
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Normalisation(Link):
     """What all normalisations share: unit moment, then a scale and a bias."""
 
-    path: str | None
+    path: str | None = None
+    epsilon: float = dataclasses.field(default=1e-6, kw_only=True)
 
     roles = ("scale", "bias")
 
     def validate(self) -> None:
         if self.path is not None:
             check_path(self.path)
+        wanted = "a finite number of at least 0"
+        check_number("epsilon", self.epsilon, wanted, lambda e: 0.0 <= e < math.inf)
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
@@ -37,9 +55,41 @@ class _Normalisation(Link):
         del centred
         return False  # it multiplies every example by a number of its own
 
+    def takes_away_norm(self, has_bias: bool) -> bool:
+        # A bias is part of the signal: it would have to shrink with the kernel.
+        return not has_bias
+
+    def unit(self, here: Site) -> Positive:
+        """The moment of what its scale multiplies: 1, or `q / (q + epsilon)`.
+
+        The papers have no epsilon. With mean-field gains it counts, as a factor of the
+        papers' rule: the norms inside `q` still cancel.
+        """
+        if not here.mean_field or not self.epsilon:
+            return number(1.0)
+        q, floor = self.remaining(here).q, here.norm_floor
+        return here.once("unit", lambda: share(q, self.epsilon, floor=floor))
+
+    def elementwise(self, here: Site) -> Elementwise:
+        remaining, scale = self.remaining(here), jnp.float32(1.0)
+        if "scale" in here.params:
+            square = here.squared_row_norm("scale")
+            scale = magnitudes([square**0.5], jnp.dtype(jnp.float32))[0]
+
+        def normalised(values: jax.Array) -> jax.Array:
+            fixed = jax.lax.stop_gradient(values)  # statistics are constants, BM (36)
+            means = jnp.zeros(())
+            if remaining.offset is None:
+                means = (fixed @ DENSITY)[:, None]
+                means = means if remaining.spread is None else DENSITY @ means
+            q = DENSITY @ ((fixed - means) ** 2 @ DENSITY)
+            divisor = jnp.sqrt(jnp.where(q > 0, q + self.epsilon, 1.0))
+            return (values - means) * (scale / divisor)
+
+        return normalised
+
     def moments_after(self, here: Site) -> Moments:
-        remaining = self.remaining(here)
-        moments = remaining * (self._squared_scale(here) / remaining.q)
+        moments = self.remaining(here) * self.m_z(here)
         if "bias" not in here.params:
             return moments
         bias = here.squared_row_norm("bias")
@@ -48,16 +98,14 @@ class _Normalisation(Link):
         return Moments(moments.variance + bias)
 
     def m_W(self, here: Site, role: str) -> Positive:
-        # Each entry acts at every position: the scale on a signal of moment 1, the bias
-        # on a constant one.
-        del role
-        return number(here.positions_out)
+        # Each entry acts at every position; the bias on a constant one.
+        unit = self.unit(here) if role == "scale" else number(1.0)
+        return unit * here.positions_out
 
     def m_z(self, here: Site) -> Positive:
-        return self._squared_scale(here) / self.remaining(here).q
-
-    def _squared_scale(self, here: Site) -> Positive:
-        return here.squared_row_norm("scale") if "scale" in here.params else number(1.0)
+        # BM (36), LH (24): signal and gradient are divided by the same deviation.
+        gain = self.unit(here) / self.remaining(here).q
+        return gain * here.squared_row_norm("scale") if "scale" in here.params else gain
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -68,25 +116,29 @@ class BatchNorm(_Normalisation):
       path: where its `scale` and `bias` lie in the parameters, either or both; None
         for a BatchNorm without either (`use_scale=False, use_bias=False`), as in the
         papers.
+      epsilon: what it adds to the variance. It counts with mean-field gains.
 
     Raises:
-      ValueError: where `path` is neither None nor names joined by single slashes.
+      ValueError: where an argument is none of these.
 
     Examples:
       >>> from backmatch_optax import spec
-      >>> spec.BatchNorm(), spec.BatchNorm("BatchNorm_0")
-      (spec.BatchNorm(), spec.BatchNorm('BatchNorm_0'))
+      >>> spec.BatchNorm(), spec.BatchNorm("BatchNorm_0", epsilon=1e-3)
+      (spec.BatchNorm(), spec.BatchNorm('BatchNorm_0', epsilon=0.001))
     """
 
-    path: str | None = None
+    epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
 
     def remaining(self, here: Site) -> Moments:
-        # BM (36), LH (24): a unit's variance over the batch. With the papers' gains
-        # that is the whole incoming moment.
+        # A unit's variance over the batch: with the papers' gains all of `q`.
         return Moments(here.moments.variance)
 
     def centres(self, centred: bool) -> bool:
         del centred
+        return True
+
+    def takes_away_norm(self, has_bias: bool) -> bool:
+        del has_bias  # it goes with the mean
         return True
 
 
@@ -97,17 +149,16 @@ class LayerNorm(_Normalisation):
     Args:
       path: where its `scale` and `bias` lie in the parameters, either or both; None
         for a LayerNorm without either.
+      epsilon: what it adds to the variance. It counts with mean-field gains.
 
     Raises:
-      ValueError: where `path` is neither None nor names joined by single slashes.
+      ValueError: where an argument is none of these.
 
     Examples:
       >>> from backmatch_optax import spec
       >>> spec.LayerNorm("LayerNorm_0")
       spec.LayerNorm('LayerNorm_0')
     """
-
-    path: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -119,11 +170,11 @@ class GroupNorm(_Normalisation):
         for a GroupNorm without either.
       num_groups: the number of groups, Flax's 32 by default. As many as there are
         features is `flax.linen.InstanceNorm`.
+      epsilon: what it adds to the variance. It counts with mean-field gains.
 
     Raises:
-      ValueError: where `path` is neither None nor names joined by single slashes, where
-        `num_groups` is no positive int, or (at `init`) where it does not divide the
-        number of features.
+      ValueError: where an argument is none of these, or (at `init`) where `num_groups`
+        does not divide the number of features.
 
     Examples:
       >>> from backmatch_optax import spec
@@ -131,15 +182,11 @@ class GroupNorm(_Normalisation):
       (spec.GroupNorm('GroupNorm_0'), spec.GroupNorm('GroupNorm_1', num_groups=8))
     """
 
-    path: str | None = None
     num_groups: int = dataclasses.field(default=32, kw_only=True)
 
     def validate(self) -> None:
         super().validate()
-        if not isinstance(self.num_groups, int) or self.num_groups < 1:
-            raise ValueError(
-                f"num_groups (={self.num_groups!r}) must be a positive int"
-            )
+        self._canonical(num_groups=checked_count("num_groups", self.num_groups))
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
@@ -166,17 +213,16 @@ class RMSNorm(_Normalisation):
 
     Args:
       path: where its `scale` lies in the parameters; None for one without.
+      epsilon: what it adds to the mean square. It counts with mean-field gains.
 
     Raises:
-      ValueError: where `path` is neither None nor names joined by single slashes.
+      ValueError: where an argument is none of these.
 
     Examples:
       >>> from backmatch_optax import spec
       >>> spec.RMSNorm("RMSNorm_0")
       spec.RMSNorm('RMSNorm_0')
     """
-
-    path: str | None = None
 
     roles = ("scale",)
 

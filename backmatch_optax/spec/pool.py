@@ -9,50 +9,31 @@ from collections.abc import Mapping, Sequence
 from backmatch_optax.moments import Moments, after_max_pool
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Link, Shape, Site
-from backmatch_optax.spec.windows import (
-    Padding,
-    PerDimension,
-    Windowed,
-    canonical_counts,
-    canonical_padding,
-    canonical_window,
-    output_sizes,
-)
+from backmatch_optax.spec.windows import Windowed, checked_shape, per_dimension
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Pool(Windowed):
     """What MaxPool and AvgPool share: a window that slides over the positions."""
 
     window_shape: Sequence[int]
-    strides: PerDimension | None
-    padding: Padding
+
+    paddings = ("VALID", "SAME", "SAME_LOWER")
 
     def validate(self) -> None:
-        strides = self.strides
-        self._canonical_entries(
-            window_shape=canonical_window("window_shape", self.window_shape),
-            strides=None if strides is None else canonical_counts("strides", strides),
-            padding=canonical_padding(self.padding, ("VALID", "SAME", "SAME_LOWER")),
-        )
+        such_as = "one for each spatial dimension, such as (2, 2)"
+        window = checked_shape("window_shape", self.window_shape, such_as)
+        self._canonical(window_shape=window)
+        super().validate()
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
     ) -> Shape:
         """Positions of the window, the input's features."""
         del param_shapes
-        if len(self.window_shape) != len(input_shape) - 1:
-            raise ValueError(
-                f"window_shape (={self.window_shape}) has {len(self.window_shape)} "
-                f"dimensions, but its input has {len(input_shape) - 1} spatial ones"
-            )
-        self._check_entries(input_shape)
-        sizes = output_sizes(
-            input_shape[:-1],
-            self.window_shape,
-            strides=1 if self.strides is None else self.strides,
-            padding=self.padding,
-        )
-        return (*sizes, input_shape[-1])
+        *sizes, features = input_shape
+        taps = per_dimension("window_shape", self.window_shape, len(sizes))
+        return (*self.window(tuple(sizes), taps).output_sizes(), features)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -72,12 +53,8 @@ class MaxPool(_Pool):
     Examples:
       >>> from backmatch_optax import spec
       >>> spec.MaxPool((2, 2), strides=(2, 2))
-      spec.MaxPool((2, 2), strides=2)
+      spec.MaxPool((2, 2), strides=(2, 2))
     """
-
-    window_shape: Sequence[int]
-    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
-    padding: Padding = dataclasses.field(default="VALID", kw_only=True)
 
     def m_z(self, here: Site) -> Positive:
         # Each output hands its value to one input: BM's pooled `s` and `c` (BM 3.3).
@@ -102,23 +79,17 @@ class AvgPool(_Pool):
 
     Args:
       window_shape: the window, one int for each spatial dimension.
-      strides: an int for all dimensions, or one for each; None is a stride of 1, as in
-        Flax.
-      padding: `"VALID"`, `"SAME"`, `"SAME_LOWER"`, an int, or an int or a (low, high)
-        pair for each dimension.
+      strides: as of `MaxPool`.
+      padding: as of `MaxPool`.
 
     Raises:
       ValueError: where an argument is none of these.
 
     Examples:
       >>> from backmatch_optax import spec
-      >>> spec.AvgPool((2, 2), strides=(2, 2), padding="SAME")
+      >>> spec.AvgPool((2, 2), strides=2, padding="SAME")
       spec.AvgPool((2, 2), strides=2, padding='SAME')
     """
-
-    window_shape: Sequence[int]
-    strides: PerDimension | None = dataclasses.field(default=None, kw_only=True)
-    padding: Padding = dataclasses.field(default="VALID", kw_only=True)
 
     def m_z(self, here: Site) -> Positive:
         # Each output hands 1 / k of its value to k inputs: least squares, BM (11).

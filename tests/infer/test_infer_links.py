@@ -92,7 +92,7 @@ def test_normalisations(name, options, batch):
     has_bias = options.get("use_bias", True) and name != "RMSNorm"
     if not (options.get("use_scale", True) or has_bias):
         declared = dataclasses.replace(declared, path=None)  # pyright: ignore
-    if hasattr(declared, "epsilon") and "epsilon" in options:
+    if "epsilon" in options:
         declared = dataclasses.replace(declared, epsilon=1e-3)  # pyright: ignore
     layers = infer(lambda _, x: norm(name="n", **options)(x), batch, 8, 8, 6)
     assert layers == [declared]
@@ -114,8 +114,7 @@ def test_normalisations_written_out():
     lengths = functools.partial(jnp.linalg.norm, axis=-1, keepdims=True)
     # A vector of length 1 has a mean square of 1 / features.
     (norm, scale) = infer(lambda _, x: x / lengths(x), 2, 4)
-    assert isinstance(norm, spec.RMSNorm)
-    assert getattr(norm, "epsilon", 0.0) == 0.0
+    assert norm == spec.RMSNorm(epsilon=0.0)
     assert scale == spec.Scale(0.5)
 
 

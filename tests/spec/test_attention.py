@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from agreements import agreement, normal
+from flax import nnx
 
 import backmatch_optax as bmo
 from backmatch_optax import spec

@@ -216,26 +216,101 @@ def test_tiny_and_huge_kernels_keep_their_norm(size):
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-5)
 
 
+NORMED = spec.LayerChain(
+    [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")], input_shape=(4,)
+)
+SQUARE = {f"fc{i}": {"kernel": jnp.ones((4, 4))} for i in (1, 2)}
+
+
 def test_what_cannot_work_is_refused():
-    params = {f"fc{i}": {"kernel": jnp.ones((4, 4))} for i in (1, 2)}
     plain = spec.LayerChain([spec.Dense("fc1"), spec.Dense("fc2")], input_shape=(4,))
     with pytest.raises(ValueError, match="no kernel right before a normalisation"):
         bmo.keep_norms(bmo.backmatch_sgd(0.1, plain, normalize=False), plain).init(
-            params
+            SQUARE
         )
-    normed = spec.LayerChain(
-        [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")], input_shape=(4,)
-    )
-    adam = optax.chain(bmo.scale_by_backmatch(normed, normalize=False), optax.adam(0.1))
-    with pytest.raises(ValueError, match=r"not in proportion .* state has 'nu'"):
-        bmo.keep_norms(adam, normed).init(params)
-    for other in (
-        *(optax.adadelta(0.1), optax.adafactor(0.1), optax.adagrad(0.1)),
-        *(optax.adan(0.1), optax.lion(0.1), optax.rprop(0.1), optax.lbfgs(0.1)),
-        *(optax.contrib.muon(0.1), optax.contrib.prodigy(0.1)),
-    ):
-        with pytest.raises(ValueError, match="not in proportion"):
-            bmo.keep_norms(other, normed).init(params)
-    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, normed, normalize=False), normed)
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, NORMED, normalize=False), NORMED)
     with pytest.raises(ValueError, match="params is None"):
-        tx.update(params, tx.init(params))
+        tx.update(SQUARE, tx.init(SQUARE))
+    with pytest.raises(ValueError, match=r"spec must be a .*LayerChain.* a list"):
+        bmo.keep_norms(tx, [spec.Dense("fc1")])  # pyright: ignore
+    with pytest.raises(ValueError, match=r"inner must be an .* but it is .*LayerChain"):
+        bmo.keep_norms(NORMED, NORMED)  # pyright: ignore
+
+
+OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": lambda: optax.chain(
+        bmo.scale_by_backmatch(NORMED, normalize=False), optax.adam(0.1)
+    ),
+    "adadelta": lambda: optax.adadelta(0.1),
+    "adafactor": lambda: optax.adafactor(0.1),
+    "adagrad": lambda: optax.adagrad(0.1),
+    "adan": lambda: optax.adan(0.1),
+    "cocob": lambda: optax.contrib.cocob(),
+    "dog": lambda: optax.contrib.dog(),
+    "fromage": lambda: optax.fromage(0.1),
+    "lbfgs": lambda: optax.lbfgs(0.1),
+    "lion": lambda: optax.lion(0.1),
+    "momo": lambda: optax.contrib.momo(0.1),
+    "muon": lambda: optax.contrib.muon(0.1),
+    "polyak": lambda: optax.polyak_sgd(),
+    "prodigy": lambda: optax.contrib.prodigy(0.1),
+    "radam": lambda: optax.radam(0.1),
+    "rprop": lambda: optax.rprop(0.1),
+    "sign": lambda: optax.sign_sgd(0.1),
+    "adam in steps": lambda: optax.MultiSteps(  # pyright: ignore
+        optax.adam(0.1), 3
+    ).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_optimizers_whose_steps_are_not_in_proportion_are_refused(name):
+    tx = bmo.keep_norms(OTHERS[name](), NORMED)
+    with pytest.raises(ValueError, match=r"optimizer is more than momentum: ") as info:
+        tx.init(SQUARE)
+    if name != "lbfgs":  # whose line search wants the function itself
+        assert "not in proportion to the gradient" in str(info.value)
+
+
+MOMENTUM: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "backmatch": lambda: bmo.backmatch_sgd(
+        0.1, NORMED, weight_decay=0.01, normalize=False
+    ),
+    "clipped": lambda: optax.chain(
+        optax.clip_by_global_norm(1.0), bmo.backmatch_sgd(0.1, NORMED, normalize=False)
+    ),
+    "measured": lambda: optax.chain(
+        bmo.scale_by_measured_backmatch(key=jax.random.key(0)), optax.sgd(0.1)
+    ),
+    "warmed up": lambda: optax.sgd(optax.linear_schedule(0.0, 0.1, 100), momentum=0.9),
+    "in steps": lambda: optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(),
+    "partitioned": lambda: optax.partition(
+        {"train": optax.sgd(0.1, momentum=0.9), "freeze": optax.set_to_zero()},
+        {"fc1": "train", "fc2": "freeze"},
+    ),
+    "on a plateau": lambda: optax.chain(
+        optax.sgd(0.1), optax.contrib.reduce_on_plateau()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTUM)
+def test_optimizers_with_momentum_alone_are_taken(name):
+    inner = MOMENTUM[name]()
+    state = bmo.keep_norms(inner, NORMED).init(SQUARE)
+    chex.assert_trees_all_equal(state, inner.init(SQUARE))
+
+
+def test_learning_rates_may_be_traced():
+    def step(learning_rate):
+        tx = bmo.keep_norms(
+            bmo.backmatch_sgd(learning_rate, NORMED, normalize=False), NORMED
+        )
+        gradient = jax.tree.map(lambda p: p.at[0].set(0), SQUARE)
+        return tx.update(gradient, tx.init(SQUARE), SQUARE)[0]
+
+    rates = jnp.array([0.1, 0.2])
+    both = jax.vmap(step)(rates)
+    for index, rate in enumerate(rates):
+        alone = jax.tree.map(lambda leaf, i=index: leaf[i], both)
+        chex.assert_trees_all_close(alone, step(rate), rtol=1e-5)
