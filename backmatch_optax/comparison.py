@@ -155,7 +155,11 @@ def _suspects(
     tolerance: float,
 ) -> dict[str, str]:
     """Where the ratio changes from one layer to the next, with the links in between."""
-    owners = [index for index, site in enumerate(sites) if site.params]
+    owners = [
+        index
+        for index, site in enumerate(sites)
+        if site.params and (not site.uses or site.uses[0] is site)
+    ]
     # Not the scale and bias of a normalisation: they act alike at all positions, so
     # cotangents that agree there, as below a GlobalAvgPool, add up.
     reached = [

@@ -122,7 +122,11 @@ class Positive:
         log = jnp.where(hidden, jnp.nan, log)
         floors = [atom.floor for atom in (*left.powers, *right.powers)]
         floor = None if None in floors else floors[0]  # a sum of norms is one
-        total = Atom(log, jnp.minimum(left_order, right_order), floor=floor)
+        # A barrier, or XLA computes the sum anew in every kernel that depends on it.
+        log, order = jax.lax.optimization_barrier(
+            (log, jnp.minimum(left_order, right_order))
+        )
+        total = Atom(log, order, floor=floor)
         return shared * Positive(0.0, {total: 1})
 
     def collapsed(self, most: int) -> Positive:
@@ -136,6 +140,7 @@ class Positive:
         product = Positive(0.0, self.powers)
         log, order = _log_order(product)
         floored = jnp.asarray(product.log(floored_where=1))
+        log, order, floored = jax.lax.optimization_barrier((log, order, floored))
         return Positive(self.log_constant, {Atom(log, order, floored=floored): 1})
 
     def log(self, floored_where: int = 0) -> jax.Array | float:
