@@ -201,6 +201,7 @@ class ScaleByMeasuredBackmatchState(NamedTuple):
 def scale_by_measured_backmatch(
     *,
     key: jax.Array,
+    outputs_fn: Callable[[optax.Params], Any] | None = None,
     refresh_every: int = 20,
     decay: jax.typing.ArrayLike = 0.9,
     normalize: bool = True,
@@ -211,13 +212,16 @@ def scale_by_measured_backmatch(
 
     For models whose layers no chain describes. Every `refresh_every` steps, the first
     included, one vector-Jacobian product measures all layers (`measure_layer_scales`);
-    the curvatures are averaged over refreshes. The model comes with each update, as an
-    extra argument, as Optax's own Hessian estimators take it::
+    the curvatures are averaged over refreshes. The model on a batch comes with each
+    update, as an extra argument::
 
       def outputs(params):
           return model.apply({"params": params}, images)
 
       updates, state = tx.update(gradient, state, params, outputs_fn=outputs)
+
+    Where the caller of `update` passes no extra arguments, as Flax's `TrainState`, give
+    `outputs_fn` here instead. It then measures on the one batch that it closes over.
 
     Put a weight decay after it. Before it, the decay is multiplied by the scales, which
     grow by orders of magnitude where units of the layers above fall silent: there even
@@ -225,6 +229,8 @@ def scale_by_measured_backmatch(
 
     Args:
       key: key of the random signs, `jax.random.key(...)`.
+      outputs_fn: maps parameters to the model's outputs before the loss, with the batch
+        as first axis. It is used where an update brings none of its own.
       refresh_every: the number of steps between measurements, at least 1.
       decay: how much of the running average each refresh keeps, in [0, 1).
       normalize: divides the scales by their mean, so that SGD's learning rate carries
@@ -233,13 +239,13 @@ def scale_by_measured_backmatch(
       layer_of: maps the path of a parameter to the name of its layer; all parameters of
         a layer share one scale. By default a module is a layer.
 
-    Under `optax.inject_hyperparams`, name `key`, `refresh_every`, `normalize` and
-    `layer_of` in its `static_args`.
+    Under `optax.inject_hyperparams`, name `key`, `outputs_fn`, `refresh_every`,
+    `normalize` and `layer_of` in its `static_args`.
 
     Returns:
       A gradient transformation with state `ScaleByMeasuredBackmatchState`, whose
       `layer_scales` have the names that `measure_layer_scales` gives them.
-      Its `update` needs `params` and `outputs_fn`.
+      Its `update` needs `params`, and `outputs_fn` where none was given here.
 
     Raises:
       ValueError: where `refresh_every` is below 1 or `decay` is not in [0, 1); in
@@ -267,6 +273,7 @@ def scale_by_measured_backmatch(
       >>> print(optax.tree.get(state, "layer_scales"))
       {'fc': Array(1., dtype=float32)}
     """
+    default_outputs_fn = outputs_fn
     check_number("decay", decay, least=0, below=1)
     check_options("paper", 0, normalize, limit, "error")
     if not isinstance(refresh_every, int) or refresh_every < 1:
@@ -292,12 +299,13 @@ def scale_by_measured_backmatch(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
-        if params is None or outputs_fn is None:
+        measured_fn = default_outputs_fn if outputs_fn is None else outputs_fn
+        if params is None or measured_fn is None:
             missing = "params" if params is None else "outputs_fn"
             raise ValueError(
                 "scale_by_measured_backmatch measures the model at the parameters: "
                 "call update(updates, state, params, outputs_fn=lambda params: "
-                f"outputs), but {missing} is None"
+                f"outputs), or give outputs_fn at construction, but {missing} is None"
             )
         sizes = layer_sizes(params, layer_of)
         if not sizes:
@@ -305,7 +313,7 @@ def scale_by_measured_backmatch(
 
         def refresh(state: ScaleByMeasuredBackmatchState):
             next_key, probe_key = jax.random.split(state.key)
-            sample = _probe(outputs_fn, layer_of, params, (), probe_key)
+            sample = _probe(measured_fn, layer_of, params, (), probe_key)
             kept = jnp.asarray(decay, jnp.float32)  # also with 64-bit JAX
             curvatures = kept * state.curvatures + (1 - kept) * sample
             refreshes = (state.steps // refresh_every + 1).astype(jnp.float32)
