@@ -123,6 +123,30 @@ def test_a_scale_after_adam_lion_or_muon_acts(inner):
     assert max(scales.values()) / min(scales.values()) > 1.5
 
 
+# --- Scales of the first step, kept --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        bmo.scale_by_backmatch(models.MLP, refresh=False),
+        bmo.scale_by_measured_backmatch(key=KEY, refresh_every=None),
+    ],
+    ids=["declared", "measured"],
+)
+def test_kept_scales_train_as_constant_ones(scale):
+    state: Any
+    params, state = trained(optax.chain(scale, SGD), outputs_fn=outputs)
+    scales: Any = optax.tree.get(state, "layer_scales")
+    first: Any = trained(scale, steps=1, outputs_fn=outputs)[1].layer_scales
+    assert_trees_all_close(scales, first, rtol=1e-6)
+    ones = optax.tree.ones_like(PARAMS)
+    constant, _ = scale.update(ones, state[0], PARAMS, outputs_fn=outputs)
+    multiplied = optax.stateless(lambda g, _: jax.tree.map(jnp.multiply, g, constant))
+    expected, _ = trained(optax.chain(multiplied, SGD))
+    assert_trees_all_close(params, expected, rtol=1e-4, atol=1e-6)
+
+
 # --- Gradient accumulation -----------------------------------------------------------
 
 
