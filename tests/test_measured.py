@@ -400,6 +400,33 @@ def test_scales_are_refreshed_every_so_often_and_averaged():
     np.testing.assert_allclose(seen[-1], exact, rtol=0.3)
 
 
+def test_scales_may_be_measured_at_the_first_step_alone():
+    params = mlp_params((8, 8, 4))
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    tx = bmo.scale_by_measured_backmatch(key=KEY, refresh_every=None, limit=None)
+    other = bmo.scale_by_measured_backmatch(key=KEY, refresh_every=1000, limit=None)
+    params, state, updates, _ = step(tx, params, x, jnp.ones((16, 4)))
+    expected = step(other, mlp_params((8, 8, 4)), x, jnp.ones((16, 4)))
+    chex.assert_trees_all_equal(updates, expected[2])
+    # Later steps do not run the model: here it would give NaN.
+    later: Any = state
+    for _ in range(3):
+        _, later, _, _ = step(tx, params, jnp.nan * x, jnp.ones((16, 4)), later)
+    chex.assert_trees_all_equal(later.layer_scales, state.layer_scales)
+    assert len({float(scale) for scale in later.layer_scales.values()}) == 2
+    assert later.steps == 4
+
+
+def test_a_parameter_at_the_top_of_the_tree_is_a_layer_by_itself():
+    params = {"positions": jnp.ones((4, 2)), "fc": {"kernel": jnp.ones((4, 2))}}
+
+    def fn(params, x):
+        return x @ params["fc"]["kernel"] + x @ params["positions"]
+
+    measured = bmo.measure_layer_scales(fn, params, jnp.ones((2, 4)), key=KEY)
+    assert list(measured.layer_scales) == ["fc", "positions"]
+
+
 def test_measured_training_is_jittable_donatable_and_learns():
     params = mlp_params((8, 32, 4))
     x = jax.random.normal(jax.random.key(1), (64, 8))

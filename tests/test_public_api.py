@@ -30,7 +30,7 @@ FUNCTIONS = {
     "scale_by_lsalr": [],
     "scale_by_measured_backmatch": [],
 }
-MODULES = ["exact", "local_hessian", "spec"]
+MODULES = ["exact", "local_hessian", "plots", "spec"]
 RESULTS = [
     "MeasuredLayerScales",
     "ScaleByBackmatchState",
@@ -204,7 +204,7 @@ def test_only_dependencies_are_imported_at_the_top(source):
 def test_import_loads_nothing_that_is_optional():
     code = (
         "import sys, backmatch_optax; "
-        "print({'flax', 'chex', 'matfree'} & set(sys.modules))"
+        "print({'flax', 'chex', 'matfree', 'matplotlib'} & set(sys.modules))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

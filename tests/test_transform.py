@@ -339,6 +339,67 @@ def test_loss_goes_down_on_a_regression():
     assert losses[-1] < 0.1 * losses[0]
 
 
+# --- Scales of the first step, kept --------------------------------------------------
+
+ONCE = bmo.scale_by_backmatch(PAPER_NET, refresh=False, normalize=False)
+
+
+def test_without_refresh_the_scales_are_those_of_the_first_step():
+    grads, later = models.random_like(PAPER_PARAMS), models.random_like(PAPER_PARAMS, 1)
+    updates, state = one_step(ONCE, grads, PAPER_PARAMS)
+    # Biases have scales of their own, which are kept too.
+    expected = jax.tree.map(jnp.multiply, grads, PAPER_SCALES)
+    assert_trees_all_close(updates, expected, rtol=1e-6)
+    after: Any
+    again, after = ONCE.update(grads, state, later)
+    assert_trees_all_equal(again, updates)
+    assert_trees_all_equal(after, state)
+    assert_trees_all_close(after.layer_scales, PAPER_LAYER_SCALES, rtol=1e-6)
+    followed = bmo.layer_scales(PAPER_NET, later, normalize=False)
+    assert not np.allclose(followed["fc2"], after.layer_scales["fc2"])
+
+
+def test_without_refresh_later_steps_read_no_parameter():
+    grads = models.random_like(PAPER_PARAMS)
+    updates, state = one_step(ONCE, grads, PAPER_PARAMS)
+    unreadable = optax.tree.full_like(PAPER_PARAMS, jnp.nan)
+    again, _ = jax.jit(ONCE.update)(grads, state, unreadable)
+    assert_trees_all_close(again, updates, rtol=1e-6)
+    jaxpr = jax.make_jaxpr(ONCE.update)(grads, state, PAPER_PARAMS)
+    outside = [equation.primitive.name for equation in jaxpr.eqns]
+    assert "cond" in outside
+    assert not any("reduce" in name for name in outside)
+
+
+def test_without_refresh_init_may_see_shapes_alone():
+    shapes = jax.eval_shape(lambda: PAPER_PARAMS)
+    grads = models.random_like(PAPER_PARAMS)
+    updates, _ = ONCE.update(grads, ONCE.init(shapes), PAPER_PARAMS)
+    expected, _ = one_step(ONCE, grads, PAPER_PARAMS)
+    assert_trees_all_equal(updates, expected)
+
+
+def test_without_refresh_a_block_keeps_its_scale():
+    link = spec.Block("mixer", weight_curvature=8.0, input_curvature=1.0)
+    chain = spec.LayerChain([link], input_shape=(4,))
+    params = {"mixer": {"w": jnp.ones((3, 3)), "inner": {"gate": jnp.ones(5)}}}
+    tx = bmo.scale_by_backmatch(chain, refresh=False, normalize=False)
+    for _ in range(2):
+        updates, _ = one_step(tx, params, params)
+        assert_trees_all_close(updates, optax.tree.scale(1 / 8, params), rtol=1e-6)
+
+
+def test_backmatch_sgd_passes_refresh_on():
+    tx = bmo.backmatch_sgd(0.1, PAPER_NET, refresh=False)
+    _, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)
+    assert optax.tree.get(state, "computed")
+
+
+def test_refresh_is_true_or_false():
+    with pytest.raises(ValueError, match=r"refresh \(='once'\) must be True or False"):
+        bmo.scale_by_backmatch(PAPER_NET, refresh="once")  # pyright: ignore
+
+
 # --- LSALR ---------------------------------------------------------------------------
 
 
