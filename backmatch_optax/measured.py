@@ -116,10 +116,12 @@ def measure_layer_scales(
         ]
     )
     curvature = samples.mean(0)
+    reached = curvature != 0
     scales = 1 / curvature
-    # The error of 1 / c is that of c over c^2.
+    # The error of 1 / c is that of c over c^2, and unknown where no gradient arrives.
     spread = jnp.std(samples, axis=0, ddof=1) if probes > 1 else jnp.nan * curvature
-    errors = spread / probes**0.5 * jnp.square(scales)
+    errors = spread / probes**0.5 / jnp.square(jnp.where(reached, curvature, 1))
+    errors = jnp.where(reached, errors, jnp.inf)
     return MeasuredLayerScales(
         dict(zip(sizes, scales, strict=True)), dict(zip(sizes, errors, strict=True))
     )

@@ -300,11 +300,15 @@ def _scaled_by_own_norm(path: jax.tree_util.KeyPath, update: jax.Array) -> jax.A
     check_update(text(path), update)
     sizes = jnp.abs(update) if jnp.iscomplexobj(update) else update
     norm = frobenius_norm(sizes.astype(wide(sizes.dtype)))
+    positive = norm > 0
+    norm = jnp.where(positive, norm, 1)
     # log(1 + 1 / norm), written so that a tiny norm does not overflow.
     logarithm = jnp.where(
-        norm > 1, jnp.log1p(1 / norm), jnp.log1p(norm) - jnp.log(norm)
+        norm > 1,
+        jnp.log1p(1 / jnp.maximum(norm, 1)),
+        jnp.log1p(norm) - jnp.log(norm),
     )
-    return scaled(update, jnp.where(norm > 0, 1 + logarithm, 1))
+    return scaled(update, jnp.where(positive, 1 + logarithm, 1))
 
 
 def backmatch_sgd(

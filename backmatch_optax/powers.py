@@ -209,9 +209,11 @@ def _log_and_order(value: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit  # as above
 def _raised(log: jax.Array, order: jax.Array, floor: jax.typing.ArrayLike) -> jax.Array:
-    lowest = jnp.log(jnp.asarray(floor, log.dtype))  # -inf where there is none
-    zero = jnp.where(lowest > -jnp.inf, lowest, 0)
-    return jnp.where(order > 0, zero, jnp.maximum(log, lowest))
+    floor = jnp.asarray(floor, log.dtype)
+    # No log of 0, so that the derivative with respect to the floor is finite there.
+    lowest = jnp.log(jnp.where(floor == 0, 1, floor))
+    raised = jnp.where(floor == 0, log, jnp.maximum(log, lowest))
+    return jnp.where(order > 0, lowest, raised)
 
 
 def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:

@@ -471,6 +471,36 @@ def test_refresh_every_and_decay_must_be_in_range():
         bmo.scale_by_measured_backmatch(key=KEY, decay=1.0, normalize=False)
 
 
+@pytest.mark.parametrize("decay", [jnp.float32(1), np.float64(1), -0.1, "half"])
+def test_a_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match=r"decay \(=.*must be a number below 1"):
+        bmo.scale_by_measured_backmatch(key=KEY, decay=decay)
+
+
+def test_a_decay_may_be_an_array():
+    params, x = mlp_params((4, 2)), jnp.ones((2, 4))
+    states = []
+    for decay in (0.5, jnp.float32(0.5)):
+        tx = bmo.scale_by_measured_backmatch(key=KEY, decay=decay)
+        states.append(step(tx, params, x, jnp.ones((2, 2)))[1])
+    chex.assert_trees_all_equal(states[0].curvatures, states[1].curvatures)
+
+
+def test_measuring_zeros_makes_no_nan():
+    with jax.debug_nans(True):
+        params = optax.tree.zeros_like(mlp_params((4, 4, 2)))
+        measured = bmo.measure_layer_scales(mlp, params, jnp.ones((2, 4)), key=KEY)
+    assert measured.standard_errors["fc0"] == jnp.inf
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1e30])
+def test_compare_says_where_nothing_finite_is_measured(factor):
+    params = mlp_params((4, 4))
+    chain = spec.LayerChain([spec.Dense("fc0")], input_shape=(4,))
+    with pytest.raises(ValueError, match=r"not finite numbers.* 'fc0'"):
+        bmo.compare_scales(chain, params, mlp, jnp.full((2, 4), factor), key=KEY)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_measured_scales_with_64_bit_jax(normalize):
     with jax.enable_x64(True):
