@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -227,6 +228,22 @@ def scale_of_params(
         )
         values = [within(limit, value) for value in values]
     return dict(zip(numbers, values, strict=True))
+
+
+def steps_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
+    """What a step of entries of size 1 is to be multiplied by, by path as above.
+
+    It then changes every coordinate of the network's output by 1: a step `dW` in
+    general position changes the output by `size(W) * m * m_W`, summed over squares.
+    """
+    scales = scale_of_params(sites, normalize=False, limit=None)
+    size_out = sites[-1].size_out if sites else 1
+    steps = {}
+    for path, site, role in scaled_params(sites):
+        owned = site.params[role] if role else dict(site.params)
+        size = sum(leaf.size for leaf in jax.tree.leaves(owned))
+        steps[path] = jnp.sqrt(scales[path]) * math.sqrt(size_out / size)
+    return steps
 
 
 def within(limit: jax.typing.ArrayLike | None, scale: jax.Array) -> jax.Array:

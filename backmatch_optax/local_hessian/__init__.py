@@ -14,9 +14,9 @@ The Hessians of this loss decide how far one step gets (LH (6)). LH calls them l
   H_W = J_W^T J_W + \sum_i (F - t)_i \nabla_W^2 F_i .
 
 The first terms are the Gauss-Newton parts, which LH analyses: LH (8) and (9) for a
-dense layer, LH (13) and (14) for a residual block (its Remark 1 is LH (15)), LH (17) and
-(18) with batch normalisation. The
-means of their diagonals are the numbers `m_z` and `m_W` of the package's recursion.
+dense layer, LH (13) and (14) for a residual block (its Remark 1 is LH (15)), LH (17)
+and (18) with batch normalisation. The means of their
+diagonals are the numbers `m_z` and `m_W` of the package's recursion.
 
 A block is any function `fn(params, z)` from one array to another, with the batch as
 first axis of both. Only small blocks have their Jacobian formed.

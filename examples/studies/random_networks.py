@@ -248,8 +248,8 @@ class Task(NamedTuple):
 
 def make_task(network: Network, dataset: data.Dataset, steps: int) -> Task:
     """What the methods are given: all of them the same."""
-    images = _small(dataset, dataset.train_images[:_TRAIN])
-    test_images = _small(dataset, dataset.test_images[:_TEST])
+    images = small(dataset, dataset.train_images[:_TRAIN])
+    test_images = small(dataset, dataset.test_images[:_TEST])
     model = Model(network, dataset.num_classes)
     # What initialises is not compiled, which would take seconds.
     shapes: Any = dict(jax.eval_shape(model.init, jax.random.key(0), images[:2]))
@@ -292,7 +292,7 @@ def initial_params(shapes: Any, network: Network, rng: np.random.Generator) -> A
     return jax.tree_util.tree_map_with_path(initial, shapes)
 
 
-def _small(dataset: data.Dataset, images: np.ndarray) -> np.ndarray:
+def small(dataset: data.Dataset, images: np.ndarray) -> np.ndarray:
     """Standardised images, 32x32 averaged down to 8x8."""
     n, height, width, channels = images.shape
     x = np.asarray(dataset.standardise(jnp.asarray(images)), np.float32)
@@ -727,13 +727,13 @@ def study(
                 "method": str(method),
                 "best": best(curve),
                 "losses": {
-                    str(power): [_rounded(loss) for loss in losses]
+                    str(power): [rounded(loss) for loss in losses]
                     for power, losses in sorted(curve.items())
                 },
             }
 
 
-def _rounded(loss: float) -> float | None:
+def rounded(loss: float) -> float | None:
     """For JSON, which has no NaN."""
     return round(loss, 4) if math.isfinite(loss) else None
 
