@@ -16,7 +16,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains, Moments
 from backmatch_optax.numerics import check_number, wide
 from backmatch_optax.parameters import Unlisted, join, locate, refuse_parts, text
-from backmatch_optax.powers import Positive, evaluate, number, stacked
+from backmatch_optax.powers import Positive, finite_exp, log_vector, number, separate
 from backmatch_optax.spec.link import Site
 
 # It matters where training starts from zeros, a zero-initialised head or last BatchNorm
@@ -203,13 +203,15 @@ def scale_of_params(
             numbers[join(link.path, role)] = recursion.scale(site, role)
             leaves[join(link.path, role)] = [leaf]
     dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
-    values = evaluate(list(numbers.values()), dtype, floored=True)
+    logs = log_vector(list(numbers.values()), dtype, floored=True)
     if normalize:
-        values = _over_their_mean(
-            values, [sum(leaf.size for leaf in below) for below in leaves.values()]
+        logs = _over_their_mean(
+            logs, [sum(leaf.size for leaf in below) for below in leaves.values()]
         )
-        values = [within(limit, value) for value in values]
-    return dict(zip(numbers, values, strict=True))
+    scales = finite_exp(logs)
+    if normalize:
+        scales = within(limit, scales)
+    return dict(zip(numbers, separate(scales), strict=True))
 
 
 def within(limit: jax.typing.ArrayLike | None, scale: jax.Array) -> jax.Array:
@@ -220,22 +222,10 @@ def within(limit: jax.typing.ArrayLike | None, scale: jax.Array) -> jax.Array:
     return jnp.clip(scale, 1 / most, most)
 
 
-def _over_their_mean(
-    scales: Sequence[jax.Array], sizes: Sequence[int]
-) -> list[jax.Array]:
-    """Scales divided by their harmonic mean over all entries of all parameters."""
-    if not scales:
-        return []
-    vector = stacked(scales)
-    weights = np.asarray(sizes) / max(sum(sizes), 1)
-    # In units of the least, so that no reciprocal overflows.
-    least = vector.min()
-    mean = jnp.sum(weights.astype(vector.dtype) * (least / vector))
-    # As in `stacked`: else XLA computes the mean anew for every scale.
-    least, mean = jax.lax.optimization_barrier((least, mean))
-    largest = jnp.finfo(vector.dtype).max
-    # Each scale by itself: XLA compiles slices of a vector one by one.
-    return [jnp.minimum(scale / least * mean, largest) for scale in scales]
+def _over_their_mean(logs: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Logs of scales over their harmonic mean over all entries of all parameters."""
+    weights = jnp.asarray(np.asarray(sizes) / max(sum(sizes), 1), logs.dtype)
+    return logs + jax.nn.logsumexp(-logs, b=weights)
 
 
 def layer_scales_of(
