@@ -58,9 +58,8 @@ class Atom:
 
     @functools.cached_property
     def log_and_order(self) -> tuple[jax.Array, jax.Array]:
-        """Both as scalars that are computed once, however many numbers use them."""
-        log, order = self._log_and_order()
-        return _once(log), _once(order)
+        """Both as scalars."""
+        return self._log_and_order()
 
     @property
     def log(self) -> jax.Array:
@@ -76,10 +75,10 @@ class Atom:
     def floored(self) -> jax.Array:
         """The log where it is divided by."""
         if self._floored is not None:
-            return _once(self._floored())
+            return self._floored()
         if self.floor is None:
             return self.log
-        return _once(_raised(*self.log_and_order, self.floor))
+        return _raised(*self.log_and_order, self.floor)
 
     @property
     def has_floor(self) -> bool:
@@ -201,6 +200,7 @@ def measured(
         limits = jnp.finfo(value.dtype)
         return _log_and_order(value, 1.0 / count, limits.tiny, limits.max)
 
+    value = _once(value)
     atom = Atom(log_and_order, value=value, count=count, floor=floor)
     return Positive(0.0, {atom: 1})
 
@@ -213,7 +213,11 @@ def _computed(
     floored: jax.Array | None = None,
 ) -> Positive:
     """What other numbers make, as an atom of its own."""
-    later = None if floored is None else lambda: floored
+    log, order = _once((log, order))  # not by each of the many numbers that use them
+    later = None
+    if floored is not None:
+        floored = _once(floored)
+        later = functools.partial(lambda known: known, floored)
     return Positive(0.0, {Atom(lambda: (log, order), floor=floor, floored=later): 1})
 
 
@@ -230,16 +234,16 @@ def share(
     if not part.powers:
         return Positive(-math.log1p(rest * math.exp(-part.log_constant)))
 
-    def log_and_order() -> tuple[jax.Array, jax.Array]:
-        log = _log_share(jnp.asarray(part.log()), math.log(rest))
-        return log, jnp.zeros_like(log)
-
-    return Positive(0.0, {Atom(log_and_order, floor=floor): 1})
+    log = _log_share(jnp.asarray(part.log()), math.log(rest))
+    return _computed(log, jnp.zeros_like(log), floor=floor)
 
 
 @_inlined
 def _log_share(log: jax.Array, log_rest: jax.typing.ArrayLike) -> jax.Array:
-    return -jax.nn.softplus(log_rest - log)
+    excess = log_rest - log  # minus softplus of it
+    return -lax.max(excess, lax.full_like(log, 0)) - lax.log1p(
+        lax.exp(-lax.abs(excess))
+    )
 
 
 @_inlined
@@ -392,7 +396,7 @@ def stacked(scalars: Sequence[jax.Array]) -> jax.Array:
 
 @_inlined
 def _row(*scalars: jax.Array) -> jax.Array:
-    return _once(lax.concatenate([lax.reshape(x, (1, 1)) for x in _once(scalars)], 1))
+    return _once(lax.concatenate([lax.reshape(x, (1, 1)) for x in scalars], 1))
 
 
 def separate(vector: jax.Array) -> list[jax.Array]:
