@@ -7,7 +7,7 @@ one line to the `optax.chain` you have.
 
 from importlib.metadata import version as _version
 
-from backmatch_optax import exact, local_hessian, spec
+from backmatch_optax import exact, local_hessian, plots, spec
 from backmatch_optax.comparison import ScaleComparison, compare_scales
 from backmatch_optax.infer import infer_spec
 from backmatch_optax.kept_norms import keep_norms
@@ -44,6 +44,7 @@ __all__ = [
     "layer_scales",
     "local_hessian",
     "measure_layer_scales",
+    "plots",
     "scale_by_backmatch",
     "scale_by_lsalr",
     "scale_by_measured_backmatch",

@@ -13,7 +13,7 @@ import optax
 from backmatch_optax import spec as _spec
 from backmatch_optax.measured import measure_layer_scales
 from backmatch_optax.moments import Gains
-from backmatch_optax.parameters import Unlisted, locate
+from backmatch_optax.parameters import Unlisted, listed, locate
 from backmatch_optax.scales import every, layer_scales, main_path
 from backmatch_optax.spec.link import Site
 from backmatch_optax.text import aligned
@@ -137,6 +137,11 @@ def compare_scales(
     names = {path: main for path, main in zip(declared, owners, strict=True)}
     measured = {p: float(estimates.layer_scales[main]) for p, main in names.items()}
     errors = {p: float(estimates.standard_errors[main]) for p, main in names.items()}
+    if unmeasured := [path for path, scale in measured.items() if not scale > 0]:
+        raise ValueError(
+            "fn has derivatives that are not finite numbers, so that no scale of "
+            f"{listed(unmeasured)} can be measured"
+        )
     ratios = {path: float(declared[path]) / measured[path] for path in names}
     relative = {path: errors[path] / measured[path] for path in names}
     return ScaleComparison(
@@ -155,7 +160,11 @@ def _suspects(
     tolerance: float,
 ) -> dict[str, str]:
     """Where the ratio changes from one layer to the next, with the links in between."""
-    owners = [index for index, site in enumerate(sites) if site.params]
+    owners = [
+        index
+        for index, site in enumerate(sites)
+        if site.params and (not site.uses or site.uses[0] is site)
+    ]
     # Not the scale and bias of a normalisation: they act alike at all positions, so
     # cotangents that agree there, as below a GlobalAvgPool, add up.
     reached = [

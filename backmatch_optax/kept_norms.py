@@ -221,7 +221,8 @@ def _before_norms(sites: Sequence[Site]) -> Iterator[str]:
     """Kernels right before a normalisation, in the chain and in its arms."""
     for site, above in itertools.pairwise(sites):
         link: Any = site.link
-        has_kernel = "kernel" in site.params and not link.owns_subtree
+        elsewhere = bool(site.uses)  # where its norm may matter
+        has_kernel = "kernel" in site.params and not (link.owns_subtree or elsewhere)
         if has_kernel and above.link.takes_away_norm("bias" in site.params):
             yield join(link.path, "kernel")
     for site in sites:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from backmatch_optax.numerics import check_number, checked_count, scaled
+from backmatch_optax.numerics import check_number, checked_count
 from backmatch_optax.parameters import (
     ParamPaths,
     is_masked,
@@ -18,7 +18,13 @@ from backmatch_optax.parameters import (
     refuse_parts,
     text,
 )
-from backmatch_optax.scales import LIMIT, check_options, within
+from backmatch_optax.scales import (
+    LIMIT,
+    check_options,
+    check_state,
+    scaled_updates,
+    within,
+)
 
 LayerOf = Callable[[str], str]
 
@@ -31,8 +37,11 @@ class MeasuredLayerScales(NamedTuple):
 
 
 def module_of(path: str) -> str:
-    """The layer a parameter belongs to by default: its path without its own name."""
-    return path.rpartition("/")[0]
+    """The layer a parameter belongs to by default: its path without its own name.
+
+    A parameter at the top of the tree is a layer by itself.
+    """
+    return path.rpartition("/")[0] or path
 
 
 def measure_layer_scales(
@@ -70,7 +79,8 @@ def measure_layer_scales(
         needs few.
       layer_of: maps the path of a parameter, `"Block_0/Conv_1/kernel"`, to the name of
         its layer; all parameters of a layer are measured together, by default all of a
-        module. `lambda path: path` measures every array by itself.
+        module. `lambda path: path` measures every array by itself, and so does the
+        default at the top of the tree.
 
     Returns:
       For each layer, in the order of the tree, the scale and its standard error, as
@@ -106,10 +116,12 @@ def measure_layer_scales(
         ]
     )
     curvature = samples.mean(0)
+    reached = curvature != 0
     scales = 1 / curvature
-    # The error of 1 / c is that of c over c^2.
+    # The error of 1 / c is that of c over c^2, and unknown where no gradient arrives.
     spread = jnp.std(samples, axis=0, ddof=1) if probes > 1 else jnp.nan * curvature
-    errors = spread / probes**0.5 * jnp.square(scales)
+    errors = spread / probes**0.5 / jnp.square(jnp.where(reached, curvature, 1))
+    errors = jnp.where(reached, errors, jnp.inf)
     return MeasuredLayerScales(
         dict(zip(sizes, scales, strict=True)), dict(zip(sizes, errors, strict=True))
     )
@@ -201,7 +213,8 @@ class ScaleByMeasuredBackmatchState(NamedTuple):
 def scale_by_measured_backmatch(
     *,
     key: jax.Array,
-    refresh_every: int = 20,
+    outputs_fn: Callable[[optax.Params], Any] | None = None,
+    refresh_every: int | None = 20,
     decay: jax.typing.ArrayLike = 0.9,
     normalize: bool = True,
     limit: jax.typing.ArrayLike | None = LIMIT,
@@ -211,13 +224,16 @@ def scale_by_measured_backmatch(
 
     For models whose layers no chain describes. Every `refresh_every` steps, the first
     included, one vector-Jacobian product measures all layers (`measure_layer_scales`);
-    the curvatures are averaged over refreshes. The model comes with each update, as an
-    extra argument, as Optax's own Hessian estimators take it::
+    the curvatures are averaged over refreshes. The model on a batch comes with each
+    update, as an extra argument::
 
       def outputs(params):
           return model.apply({"params": params}, images)
 
       updates, state = tx.update(gradient, state, params, outputs_fn=outputs)
+
+    Where the caller of `update` passes no extra arguments, as Flax's `TrainState`, give
+    `outputs_fn` here instead. It then measures on the one batch that it closes over.
 
     Put a weight decay after it. Before it, the decay is multiplied by the scales, which
     grow by orders of magnitude where units of the layers above fall silent: there even
@@ -225,7 +241,10 @@ def scale_by_measured_backmatch(
 
     Args:
       key: key of the random signs, `jax.random.key(...)`.
-      refresh_every: the number of steps between measurements, at least 1.
+      outputs_fn: maps parameters to the model's outputs before the loss, with the batch
+        as first axis. It is used where an update brings none of its own.
+      refresh_every: the number of steps between measurements, at least 1. None measures
+        at the first step alone and keeps those scales.
       decay: how much of the running average each refresh keeps, in [0, 1).
       normalize: divides the scales by their mean, so that SGD's learning rate carries
         over; see `layer_scales`.
@@ -233,19 +252,20 @@ def scale_by_measured_backmatch(
       layer_of: maps the path of a parameter to the name of its layer; all parameters of
         a layer share one scale. By default a module is a layer.
 
-    Under `optax.inject_hyperparams`, name `key`, `refresh_every`, `normalize` and
-    `layer_of` in its `static_args`.
+    Under `optax.inject_hyperparams`, name `key`, `outputs_fn`, `refresh_every`,
+    `normalize` and `layer_of` in its `static_args`.
 
     Returns:
       A gradient transformation with state `ScaleByMeasuredBackmatchState`, whose
       `layer_scales` have the names that `measure_layer_scales` gives them.
-      Its `update` needs `params` and `outputs_fn`.
+      Its `update` needs `params`, and `outputs_fn` where none was given here.
 
     Raises:
       ValueError: where `refresh_every` is below 1 or `decay` is not in [0, 1); in
         `init`, where a parameter has no real floating dtype; in `update`, where
-        `params` or `outputs_fn` is missing; inside `jax.shard_map`, where a parameter
-        is not the same on all devices.
+        `params` or `outputs_fn` is missing, the state or an update belongs to other
+        parameters, or a gradient is not of a floating dtype; inside `jax.shard_map`,
+        where a parameter is not the same on all devices.
 
     Examples:
       >>> import jax
@@ -267,20 +287,23 @@ def scale_by_measured_backmatch(
       >>> print(optax.tree.get(state, "layer_scales"))
       {'fc': Array(1., dtype=float32)}
     """
+    default_outputs_fn = outputs_fn
     check_number("decay", decay, least=0, below=1)
     check_options("paper", 0, normalize, limit, "error")
-    if not isinstance(refresh_every, int) or refresh_every < 1:
-        raise ValueError(
-            f"refresh_every (={refresh_every!r}) must be an int of at least 1"
-        )
+    if refresh_every is not None:
+        checked_count("refresh_every", refresh_every)
 
     def init_fn(params: optax.Params) -> ScaleByMeasuredBackmatchState:
         sizes = layer_sizes(params, layer_of)
+        scales = {layer: jnp.ones((), jnp.float32) for layer in sizes}
+        one: Any = jnp.ones((), jnp.float32)
         return ScaleByMeasuredBackmatchState(
             steps=jnp.zeros((), jnp.int32),
             key=jax.random.fold_in(key, 0),  # a new array: the state may be donated
             curvatures=jnp.zeros((len(sizes),), jnp.float32),
-            layer_scales={layer: jnp.ones((), jnp.float32) for layer in sizes},
+            # optax.tree.map_params passes a tree without leaves. One leaf then stands
+            # for the dict, whose keys nobody can know.
+            layer_scales=scales or one,
         )
 
     def update_fn(
@@ -292,24 +315,26 @@ def scale_by_measured_backmatch(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
-        if params is None or outputs_fn is None:
+        measured_fn = default_outputs_fn if outputs_fn is None else outputs_fn
+        if params is None or measured_fn is None:
             missing = "params" if params is None else "outputs_fn"
             raise ValueError(
                 "scale_by_measured_backmatch measures the model at the parameters: "
                 "call update(updates, state, params, outputs_fn=lambda params: "
-                f"outputs), but {missing} is None"
+                f"outputs), or give outputs_fn at construction, but {missing} is None"
             )
         sizes = layer_sizes(params, layer_of)
         if not sizes:
             return updates, state
+        check_state(state, ScaleByMeasuredBackmatchState._make([0, 0, 0, sizes]))
 
         def refresh(state: ScaleByMeasuredBackmatchState):
             next_key, probe_key = jax.random.split(state.key)
-            sample = _probe(outputs_fn, layer_of, params, (), probe_key)
+            sample = _probe(measured_fn, layer_of, params, (), probe_key)
             kept = jnp.asarray(decay, jnp.float32)  # also with 64-bit JAX
             curvatures = kept * state.curvatures + (1 - kept) * sample
-            refreshes = (state.steps // refresh_every + 1).astype(jnp.float32)
-            average = curvatures / (1 - jnp.power(kept, refreshes))
+            refreshes = 1 + (state.steps // refresh_every if refresh_every else 0)
+            average = curvatures / (1 - jnp.power(kept, jnp.float32(refreshes)))
             if normalize:
                 weights = jnp.asarray([*sizes.values()], jnp.float32)
                 mean = jnp.average(average, weights=weights)
@@ -323,15 +348,13 @@ def scale_by_measured_backmatch(
                 layer_scales=dict(zip(sizes, scales, strict=True)),
             )
 
-        state = jax.lax.cond(
-            state.steps % refresh_every == 0, refresh, lambda state: state, state
-        )
-        scaled_updates = jax.tree_util.tree_map_with_path(
-            lambda key_path, update: scaled(
-                update, state.layer_scales[layer_of(text(key_path))]
+        since = state.steps % refresh_every if refresh_every else state.steps
+        state = jax.lax.cond(since == 0, refresh, lambda state: state, state)
+        return (
+            scaled_updates(
+                updates, params, lambda path: state.layer_scales[layer_of(path)]
             ),
-            updates,
+            state._replace(steps=optax.safe_increment(state.steps)),
         )
-        return scaled_updates, state._replace(steps=optax.safe_increment(state.steps))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -14,7 +14,8 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ _HOMOGENEOUS = ("identity", "leaky_relu", "relu")
 # signal the nodes below are dense enough there.
 _SATURATING = {
     **dict.fromkeys(("hard_tanh", "sigmoid", "soft_sign", "tanh"), 5.0),
-    "relu6": 15.0,
+    **dict.fromkeys(("hard_sigmoid", "relu6"), 15.0),
 }
 
 _NOTHING = 1e-9  # below the rounding of the integrals
@@ -89,6 +90,21 @@ class Moments:
             None if offset is None else offset**2,
         )
 
+    def times(self, other: Moments) -> Moments:
+        """The moments of the product of two unrelated signals."""
+        variance = _sum_of_known(
+            self.variance * other.variance,
+            _product_of_known(self.variance, other.mean_square),
+            _product_of_known(self.mean_square, other.variance),
+        )
+        assert variance is not None
+        spread = _sum_of_known(
+            _product_of_known(self.spread, other.spread),
+            _product_of_known(self.spread, other.offset),
+            _product_of_known(self.offset, other.spread),
+        )
+        return Moments(variance, spread, _product_of_known(self.offset, other.offset))
+
     def mixed(self, gain: Positive | float) -> Moments:
         """The moments after a random linear map: its units' means have either sign."""
         mean = self.mean_square
@@ -134,10 +150,51 @@ class Moments:
         return Moments(self.variance, self.spread)
 
 
-def _sum_of_known(left: Positive | None, right: Positive | None) -> Positive | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return left + right
+def beside(parts: Sequence[Moments], shares: Sequence[float], units: bool) -> Moments:
+    """Moments of signals side by side, of which each is a share of the whole.
+
+    They are of different `units`, or of the same units at different positions. The
+    means of the parts count as unrelated from unit to unit, and the means of all units
+    as equal where there are any.
+    """
+    if len(parts) == 1:
+        return parts[0]
+
+    def mean(field: str, weights: Sequence[float]) -> Positive | None:
+        values = [getattr(part, field) for part in parts]
+        known = [v * w for v, w in zip(values, weights, strict=True) if v is not None]
+        return _sum_of_known(*known)
+
+    spread, offset = mean("spread", shares), mean("offset", shares)
+    differing = None
+    if not units:  # a unit's mean is that over all positions, what differs is variance
+        differing = mean("spread", [share * (1.0 - share) for share in shares])
+        spread = mean("spread", [share**2 for share in shares])
+    pairs = zip(parts, shares, strict=True)
+    leaning = sum(share for part, share in pairs if part.offset is not None)
+    if offset is not None and leaning < 1.0 - _NOTHING:
+        rest = offset * (1.0 - leaning)
+        offset = offset * leaning
+        if units:
+            spread = _sum_of_known(spread, rest)
+        else:
+            differing = _sum_of_known(differing, rest)
+    variance = _sum_of_known(mean("variance", shares), differing)
+    assert variance is not None
+    activated = [part.activated for part in parts if part.activated is not None]
+    if len(activated) == len(parts) and len({name for name, _ in activated}) == 1:
+        before = beside([before for _, before in activated], shares, units)
+        return Moments(variance, spread, offset, Activated(activated[0].name, before))
+    return Moments(variance, spread, offset)
+
+
+def _sum_of_known(*terms: Positive | None) -> Positive | None:
+    known = [term for term in terms if term is not None]
+    return functools.reduce(operator.add, known) if known else None
+
+
+def _product_of_known(left: Positive | None, right: Positive | None) -> Positive | None:
+    return None if left is None or right is None else left * right
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -148,6 +205,23 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 def after_activation(name: str, before: Moments) -> tuple[Moments, Positive]:
     """Moments after a nonlinearity, and its backward gain `E phi'(x)^2`."""
     return _after_maximum(name, before, 1)
+
+
+def after_prelu(slope: jax.Array, before: Moments) -> tuple[Moments, Positive]:
+    """As `after_activation`, of a leaky ReLU whose slope is an array."""
+    unit = before.q
+    zero = Positive(-math.inf)
+    parts = (before.variance, before.spread or zero, before.offset or zero)
+    variance, spread, offset = magnitudes(
+        [part / unit for part in parts], jnp.dtype(jnp.float32)
+    )
+
+    def phi(x: jax.Array) -> jax.Array:
+        return jnp.where(x >= 0, x, slope * x)
+
+    after = _integrals(phi, 1, variance, spread, offset)
+    variance, spread, offset, gain = map(measured, after)
+    return Moments(variance, spread, offset) * unit, gain
 
 
 def after_max_pool(before: Moments, window: int) -> tuple[Moments, Positive]:
@@ -171,7 +245,7 @@ def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Po
     if any(size.powers for size in known):
         arrays = iter(magnitudes(known, jnp.dtype(jnp.float32)))
         values = (jnp.float32(0) if size is None else next(arrays) for size in sizes)
-        after = [measured(value) for value in _integrals(name, window, *values)]
+        after = [measured(value) for value in _named_integrals(name, window, *values)]
     else:
         figures = (0.0 if s is None else math.exp(s.log_constant) for s in sizes)
         static = _static_integrals(name, window, *figures)
@@ -199,7 +273,7 @@ def _static_integrals(
 
     def integrate() -> tuple[float, ...]:
         sizes = (jnp.float32(value) for value in (variance, spread, offset))
-        return tuple(map(float, _integrals(name, window, *sizes)))
+        return tuple(map(float, _named_integrals(name, window, *sizes)))
 
     # This thread may be tracing a function or be inside `shard_map`, where no array has
     # a value. A new thread is not.
@@ -213,10 +287,25 @@ def _relu_kernel(q: float, correlation: float) -> float:
     return q / (2 * math.pi) * (math.sin(angle) + correlation * (math.pi - angle))
 
 
-def _integrals(
+def _named_integrals(
     name: str, window: int, variance: jax.Array, spread: jax.Array, offset: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Variance, spread and offset of the outputs, and `E phi'^2`."""
+    dense = _SATURATING.get(name, math.inf)
+    return _integrals(activation(name), window, variance, spread, offset, dense)
+
+
+def _integrals(
+    phi: Callable[[jax.Array], jax.Array],
+    window: int,
+    variance: jax.Array,
+    spread: jax.Array,
+    offset: jax.Array,
+    dense: float = math.inf,
+) -> tuple[jax.Array, ...]:
+    """Variance, spread and offset of the outputs, and `E phi'^2`.
+
+    Up to the size `dense` of the signal the nodes tell the slopes.
+    """
     # The largest of n independent variables has their distribution to the power n.
     largest = np.diff(np.cumsum(_DENSITY) ** window, prepend=0.0)
     density, largest, nodes = (
@@ -224,11 +313,10 @@ def _integrals(
     )
     means = jnp.sqrt(offset) + jnp.sqrt(spread) * nodes
     values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]
-    phi = activation(name)
     outputs = phi(values)
     # A larger signal meets those slopes in proportion less often.
     size = jnp.sqrt(variance + spread + offset)
-    rarer = jnp.maximum(size / _SATURATING.get(name, jnp.inf), 1.0)
+    rarer = jnp.maximum(size / dense, 1.0)
     # Elementwise, so that one product with ones is the derivative of each.
     _, slopes = jax.jvp(phi, (values / rarer,), (jnp.ones_like(values),))
     unit_means = outputs @ largest

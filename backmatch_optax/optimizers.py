@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,8 @@ from backmatch_optax.numerics import frobenius_norm, scaled, wide
 from backmatch_optax.parameters import (
     Unlisted,
     check_chain,
-    check_spec,
     is_leafless,
+    locate,
     refuse_parts,
     text,
 )
@@ -23,10 +24,15 @@ from backmatch_optax.scales import (
     LIMIT,
     NORM_FLOOR,
     check_options,
-    layer_scales_of,
+    check_state,
+    check_update,
+    main_paths,
     scale_of_params,
+    scaled_params,
+    scaled_updates,
     walk,
 )
+from backmatch_optax.spec.link import Site
 
 
 class ScaleByBackmatchState(NamedTuple):
@@ -35,6 +41,9 @@ class ScaleByBackmatchState(NamedTuple):
     All ones before the first step.
 
     `optax.tree.get(opt_state, "layer_scales")` finds them anywhere in a chain.
+
+    The other two are there with `refresh=False` alone: the scales of biases, where they
+    are not those of their layer, and whether a step has computed them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -49,6 +58,8 @@ class ScaleByBackmatchState(NamedTuple):
     """
 
     layer_scales: dict[str, jax.Array]  # by path; shape=(), dtype=jnp.float32
+    other_scales: dict[str, jax.Array] | tuple[()] = ()  # of parameters, as above
+    computed: jax.Array | tuple[()] = ()  # shape=(), dtype=jnp.bool
 
 
 def scale_by_backmatch(
@@ -58,6 +69,7 @@ def scale_by_backmatch(
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
     normalize: bool = True,
     limit: jax.typing.ArrayLike | None = LIMIT,
+    refresh: bool = True,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies each layer's gradient by its back-matched scale.
@@ -99,6 +111,8 @@ def scale_by_backmatch(
       normalize: divides the scales by their mean, so that SGD's learning rate carries
         over; False is the papers' rule; see `layer_scales`.
       limit: how far a normalized scale may be from 1; see `layer_scales`.
+      refresh: whether the scales follow the parameters. False keeps those of the first
+        step, so that later steps compute no norm.
       unlisted: what to do about parameters that no declared layer covers: `"error"`
         (at `init`), or `"identity"` to leave their gradients as they are.
 
@@ -110,8 +124,9 @@ def scale_by_backmatch(
     Raises:
       ValueError: at once, where an argument is none of the above; in `init`, where the
         chain does not fit the parameters (see `check_spec`); in `update`, where
-        `params` is None, or where inside `jax.shard_map` a declared parameter is not
-        the same on all devices.
+        `params` is None, the state or an update belongs to other parameters, a gradient
+        is not of a floating dtype, or where inside `jax.shard_map` a declared parameter
+        is not the same on all devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -155,18 +170,30 @@ def scale_by_backmatch(
     """
     check_chain(spec)
     check_options(gains, norm_floor, normalize, limit, unlisted)
+    if not isinstance(refresh, bool):
+        raise ValueError(f"refresh (={refresh!r}) must be True or False")
+
+    def state_with(one: Callable[[], Any], sites: Sequence[Site] | None) -> Any:
+        layers = {path: one() for path in spec.paths}
+        if refresh:
+            return ScaleByBackmatchState(layers)
+        # Where there are no parameters, one leaf stands for the dict.
+        others: Any = one()
+        if sites is not None:
+            mains = main_paths(sites).values()
+            paths = (path for path, _, _ in scaled_params(sites))
+            others = {path: one() for path in paths if path not in mains}
+        return ScaleByBackmatchState(layers, others, jnp.zeros((), bool))
 
     def init_fn(params: optax.Params) -> ScaleByBackmatchState:
         # A tree without leaves has nothing to check: optax.tree.map_params passes one.
-        if not is_leafless(params):
-            check_spec(spec, params, unlisted=unlisted)
-        return ScaleByBackmatchState(
-            {path: jnp.ones((), jnp.float32) for path in spec.paths}
-        )
+        empty = is_leafless(params)
+        sites = None if empty else locate(spec, params, unlisted=unlisted)
+        return state_with(lambda: jnp.ones((), jnp.float32), sites)
 
     def update_fn(
         updates: optax.Updates,
-        state: optax.OptState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
@@ -178,19 +205,34 @@ def scale_by_backmatch(
             )
         if is_leafless(params) and is_leafless(updates):
             return updates, state
-        sites = walk(
-            spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted
-        )
-        scales = scale_of_params(sites, normalize, limit)
-        scaled_updates = jax.tree_util.tree_map_with_path(
-            lambda key_path, update: scaled(update, _find(scales, text(key_path))),
-            updates,
-        )
-        latest = {
-            path: scale.astype(jnp.float32)
-            for path, scale in layer_scales_of(sites, scales)
-        }
-        return scaled_updates, ScaleByBackmatchState(latest)
+
+        def walked() -> list[Site]:
+            return walk(
+                spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted
+            )
+
+        sites = walked() if refresh else locate(spec, params, unlisted=unlisted)
+        check_state(state, state_with(lambda: 0, sites))
+        mains = main_paths(sites)
+
+        def kept() -> Any:
+            layers = {path: state.layer_scales[layer] for layer, path in mains.items()}
+            return layers | state.other_scales
+
+        def computed() -> Any:
+            scales = scale_of_params(walked(), normalize, limit)
+            return optax.tree.cast(scales, jnp.float32)
+
+        if refresh:
+            scales = scale_of_params(sites, normalize, limit)
+        else:
+            scales = jax.lax.cond(state.computed, kept, computed)
+        layers = {p: scales[main].astype(jnp.float32) for p, main in mains.items()}
+        after = state._replace(layer_scales=layers)
+        if not refresh:
+            others = {path: scales[path] for path in state.other_scales}
+            after = after._replace(other_scales=others, computed=jnp.ones((), bool))
+        return scaled_updates(updates, params, lambda p: _find(scales, p)), after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -218,8 +260,9 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
       updates and computes norms in float32 or wider; a gradient of zeros stays zero.
 
     Raises:
-      ValueError: in `update`, where inside `jax.shard_map` a gradient is not the same
-        on all devices, so that its norm may be that of a part.
+      ValueError: in `update`, where a gradient is not of a floating dtype, or where
+        inside `jax.shard_map` it is not the same on all devices, so that its norm may
+        be that of a part.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -248,19 +291,24 @@ def scale_by_lsalr() -> optax.GradientTransformationExtraArgs:
     ) -> tuple[optax.Updates, optax.OptState]:
         del params, extra_args
         refuse_parts(updates)
-        return jax.tree.map(_scaled_by_own_norm, updates), state
+        return jax.tree_util.tree_map_with_path(_scaled_by_own_norm, updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _scaled_by_own_norm(update: jax.Array) -> jax.Array:
+def _scaled_by_own_norm(path: jax.tree_util.KeyPath, update: jax.Array) -> jax.Array:
+    check_update(text(path), update)
     sizes = jnp.abs(update) if jnp.iscomplexobj(update) else update
     norm = frobenius_norm(sizes.astype(wide(sizes.dtype)))
+    positive = norm > 0
+    norm = jnp.where(positive, norm, 1)
     # log(1 + 1 / norm), written so that a tiny norm does not overflow.
     logarithm = jnp.where(
-        norm > 1, jnp.log1p(1 / norm), jnp.log1p(norm) - jnp.log(norm)
+        norm > 1,
+        jnp.log1p(1 / jnp.maximum(norm, 1)),
+        jnp.log1p(norm) - jnp.log(norm),
     )
-    return scaled(update, jnp.where(norm > 0, 1 + logarithm, 1))
+    return scaled(update, jnp.where(positive, 1 + logarithm, 1))
 
 
 def backmatch_sgd(
@@ -275,6 +323,7 @@ def backmatch_sgd(
     norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
     normalize: bool = True,
     limit: jax.typing.ArrayLike | None = LIMIT,
+    refresh: bool = True,
     unlisted: Unlisted = "error",
 ) -> optax.GradientTransformationExtraArgs:
     """SGD with layer-wise rates from back-matching propagation.
@@ -302,6 +351,8 @@ def backmatch_sgd(
       normalize: divides the scales by their mean, so that SGD's learning rate carries
         over; False is the papers' rule; see `layer_scales`.
       limit: how far a normalized scale may be from 1; see `layer_scales`.
+      refresh: whether the scales follow the parameters. False keeps those of the first
+        step, so that later steps compute no norm.
       unlisted: `"error"`, or `"identity"` to leave the gradients of parameters that no
         declared layer covers as they are.
 
@@ -334,6 +385,7 @@ def backmatch_sgd(
             norm_floor=norm_floor,
             normalize=normalize,
             limit=limit,
+            refresh=refresh,
             unlisted=unlisted,
         ),
         optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),

@@ -20,7 +20,7 @@ import optax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.spec.link import Shape, Site, kind_of
+from backmatch_optax.spec.link import Shape, Site, kind_of, own_path
 
 Unlisted = Literal["error", "identity"]
 
@@ -107,6 +107,7 @@ class ParamPaths:
         self._keys: dict[str, KeyPath] = {}
         self._below: dict[str, list[str]] = {}
         self.unclaimed: dict[str, None] = {}  # in order
+        self.first_uses: dict[str, Site] = {}  # of a declared path
         entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
         for key_path, leaf in entries:
             path = text(key_path)
@@ -257,7 +258,7 @@ def _locate_links(
     sites = []
     for index, link in enumerate(links):
         place = f"{within}[{index}]"
-        path = getattr(link, "path", None)
+        path = own_path(link)
         label = repr(path) if path else place
         name = f"{label} ({place})" if path else f"{place}, {link!r}"
         with _naming(name, f"{source} has shape {shape}"):
@@ -270,8 +271,19 @@ def _locate_links(
             # A Block's parameters are nested, and it declares its output itself.
             leaves = {} if link.owns_subtree else params
             shapes = {role: jnp.shape(leaf) for role, leaf in leaves.items()}
-            after = _arms_shape(arms, shape) or link.shape_after(shape, shapes)
-        sites.append(Site(link, label, shape, after, params, arms))
+            if arms:
+                after = link.joined_shape(
+                    {arm: s[-1].output_shape if s else shape for arm, s in arms.items()}
+                )
+            else:
+                after = link.shape_after(shape, shapes)
+        site = Site(link, label, shape, after, params, arms)
+        if path is not None:
+            first = paths.first_uses.setdefault(path, site)
+            if first is not site:
+                site.uses = first.uses = first.uses or [first]
+                site.uses.append(site)
+        sites.append(site)
         shape, source = after, f"the output of {name}"
     return sites
 
@@ -294,6 +306,10 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
     params = {}
     for role in link.roles:
         leaf = paths.claim(join(path, role))
+        if leaf is not None and not role and path not in paths.leaves:
+            raise ValueError(
+                f"path (={path!r}) must be the array's own, {listed(paths.below(path))}"
+            )
         if leaf is not None:
             params[role] = leaf
         elif role in link.required_roles:
@@ -307,14 +323,3 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
         if 0 in jnp.shape(leaf):
             raise ValueError(f"its {role} of shape {leaf.shape} holds nothing")
     return params
-
-
-def _arms_shape(arms: Mapping[str, Sequence[Site]], shape: Shape) -> Shape | None:
-    """The shape that all arms put out; None where a link has no arms."""
-    outputs = {
-        arm: sites[-1].output_shape if sites else shape for arm, sites in arms.items()
-    }
-    if len(set(outputs.values())) > 1:
-        listed_outputs = ", ".join(f"{arm} {out}" for arm, out in outputs.items())
-        raise ValueError(f"its arms must end in one shape, but: {listed_outputs}")
-    return next(iter(outputs.values()), None)

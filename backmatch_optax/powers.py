@@ -188,7 +188,7 @@ def measured(
     """A non-negative scalar array of float32 or wider, divided by a count.
 
     Zero counts as an infinitesimal whose coefficient is one. What has overflowed counts
-    as the largest finite number, NaN stays NaN, and a negative number becomes one.
+    as the largest finite number. NaN stays NaN, and a negative number becomes NaN.
 
     Args:
       value: of a parameter, its squared norm.
@@ -265,10 +265,12 @@ def _log_and_order(
 @_inlined
 def _raised(log: jax.Array, order: jax.Array, floor: jax.typing.ArrayLike) -> jax.Array:
     """The log of what counts as no less than the floor; elementwise too."""
-    lowest = jnp.log(jnp.asarray(floor, log.dtype))  # -inf where there is none
-    lowest = jnp.broadcast_to(lowest, log.shape)
-    zero = lax.select(lowest > -jnp.inf, lowest, lax.full_like(lowest, 0))
-    return lax.select(order > 0, zero, lax.max(log, lowest))
+    floor = jnp.broadcast_to(jnp.asarray(floor, log.dtype), log.shape)
+    # No log of 0, so that the derivative with respect to the floor is finite there.
+    one = lax.full_like(floor, 1)
+    lowest = lax.log(lax.select(floor == 0, one, floor))
+    raised = lax.select(floor == 0, log, lax.max(log, lowest))
+    return lax.select(order > 0, lowest, raised)
 
 
 @_inlined

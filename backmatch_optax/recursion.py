@@ -41,6 +41,7 @@ inside one link, where they can be seen, and not over a thousand layers.
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 
@@ -78,23 +79,35 @@ def backward(sites: Sequence[Site], n: Positive) -> Positive:
 
 
 def _through_arms(site: Site) -> Positive:
-    """Arms side by side: each gets its share of the signal, and what returns adds up.
+    """Arms side by side: each is handed its own curvature, and what returns adds up.
 
-    The Gauss-Newton part of `(I + J)^T (I + J)`, LH (13). Where the arms are related,
+    At the top of an arm `m` becomes `m * m_arm`. Where they meet again the Gauss-Newton
+    part of `(J_1 + J_2)^T (J_1 + J_2)` is left, LH (13). Where the arms are related,
     what returns is known, cross terms included.
     """
-    q = site.moments_out.q
-    arms = [*zip(site.arms.values(), site.arm_moments, strict=True)]
-    tops = [site.n * (moments.q / q) for _, moments in arms]
-    returned = [backward(arm, top) for (arm, _), top in zip(arms, tops, strict=True)]
+    m, returned, shares = site.m, [], []
+    for index, (arm, moments) in enumerate(
+        zip(site.arms.values(), site.arm_moments, strict=True)
+    ):
+        top = m * site.link.m_arm(site, index) * moments.q
+        n = backward(arm, top)
+        if arm and arm[0].link.begins:
+            continue  # at another input of the model
+        returned.append(n)
+        # Of `n` times the size of the signal: what becomes of it inside the arm.
+        size = math.prod(site.arm_shapes[index]) / site.size_in
+        shares.append(n / top / size)
     if site.m_z_of_arms is not None:
-        return site.m * site.m_z_of_arms * site.q
-    # Where all arms return the same part, that is the part of the whole.
-    parts = [n / top for n, top in zip(returned, tops, strict=True)]
-    adds_up = all(moments.mean_square is None for _, moments in arms)
-    if adds_up and all(not part.powers for part in parts):
-        if len({round(part.log_constant, 9) for part in parts}) == 1:
-            return site.n * parts[0]
+        return m * site.m_z_of_arms * site.q
+    # Where all arms keep the same share, that is the share of the whole.
+    adds_up = (
+        site.link.adds_arms
+        and all(moments.mean_square is None for moments in site.arm_moments)
+        and len(shares) == len(site.arms)
+    )
+    if adds_up and all(not share.powers for share in shares):
+        if len({round(share.log_constant, 9) for share in shares}) == 1:
+            return site.n * shares[0] * (site.size_out / site.size_in)
     return functools.reduce(operator.add, returned)
 
 
@@ -107,11 +120,19 @@ def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
     """
     for site in reversed(sites):
         site.centred = centred
-        arms = [mark_centred(arm, centred) for arm in site.arms.values()]
-        centred = all(arms) if arms else site.link.centres(centred)
+        centred = site.link.centres(centred)
+        if site.arms:
+            centred = all([mark_centred(arm, centred) for arm in site.arms.values()])
     return centred
 
 
 def scale(site: Site, role: str) -> Positive:
-    """What multiplies the gradient of a parameter: `1 / (m * m_W)`, LH (22)."""
-    return site.moments_out.q / (site.n * site.link.m_W(site, role))
+    """What multiplies the gradient of a parameter: `1 / (m * m_W)`, LH (22).
+
+    The curvatures of a parameter that is used more than once add up (see `Tied`).
+    """
+    curvatures = [
+        use.n * use.link.m_W(use, role) / use.moments_out.q
+        for use in site.uses or [site]
+    ]
+    return 1.0 / functools.reduce(operator.add, curvatures)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,15 @@ import optax
 from backmatch_optax import recursion
 from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains, Moments
-from backmatch_optax.numerics import check_number, wide
-from backmatch_optax.parameters import Unlisted, join, locate, refuse_parts, text
+from backmatch_optax.numerics import check_number, scaled, wide
+from backmatch_optax.parameters import (
+    Unlisted,
+    join,
+    listed,
+    locate,
+    refuse_parts,
+    text,
+)
 from backmatch_optax.powers import Positive, finite_exp, log_vector, number, separate
 from backmatch_optax.spec.link import Site
 
@@ -116,7 +123,8 @@ def layer_scales(
     """
     check_options(gains, norm_floor, normalize, limit, unlisted)
     sites = walk(spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted)
-    return dict(layer_scales_of(sites, scale_of_params(sites, normalize, limit)))
+    scales = scale_of_params(sites, normalize, limit)
+    return {layer: scales[path] for layer, path in main_paths(sites).items()}
 
 
 def walk(
@@ -177,14 +185,29 @@ def every(sites: Sequence[Site]) -> Iterator[Site]:
             yield from every(arm)
 
 
+def _path(site: Site) -> str:
+    link: Any = site.link
+    return link.path
+
+
 def main_path(site: Site) -> str:
     """The path of the parameter whose scale stands for a layer; of a Block its own."""
-    link: Any = site.link
-    return link.path if link.owns_subtree else join(link.path, next(iter(site.params)))
+    if site.link.owns_subtree:
+        return _path(site)
+    return join(_path(site), next(iter(site.params)))
 
 
 def _owns_params(site: Site) -> bool:
     return bool(site.params)
+
+
+def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:
+    """Path, site and role of all that has a scale; a Block is one, with the role ""."""
+    for site in filter(_owns_params, every(sites)):
+        if site.link.owns_subtree:
+            yield _path(site), site, ""
+        else:
+            yield from ((join(_path(site), role), site, role) for role in site.params)
 
 
 def scale_of_params(
@@ -193,15 +216,9 @@ def scale_of_params(
     """The scale of every declared parameter by its path; of a Block by the block's."""
     numbers: dict[str, Positive] = {}
     leaves: dict[str, list[Any]] = {}
-    for site in filter(_owns_params, every(sites)):
-        link: Any = site.link
-        if link.owns_subtree:
-            numbers[link.path] = recursion.scale(site, "")
-            leaves[link.path] = jax.tree.leaves(dict(site.params))
-            continue
-        for role, leaf in site.params.items():
-            numbers[join(link.path, role)] = recursion.scale(site, role)
-            leaves[join(link.path, role)] = [leaf]
+    for path, site, role in scaled_params(sites):
+        numbers[path] = recursion.scale(site, role)
+        leaves[path] = jax.tree.leaves(site.params[role] if role else dict(site.params))
     dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
     logs = log_vector(list(numbers.values()), dtype, floored=True)
     if normalize:
@@ -228,10 +245,64 @@ def _over_their_mean(logs: jax.Array, sizes: Sequence[int]) -> jax.Array:
     return logs + jax.nn.logsumexp(-logs, b=weights)
 
 
-def layer_scales_of(
-    sites: Sequence[Site], scales: dict[str, jax.Array]
-) -> Iterator[tuple[str, jax.Array]]:
-    """Of the parameters' scales, the one that stands for each layer."""
-    for site in filter(_owns_params, every(sites)):
-        link: Any = site.link
-        yield link.path, scales[main_path(site)]
+def main_paths(sites: Sequence[Site]) -> dict[str, str]:
+    """By layer, the path of the parameter whose scale stands for it."""
+    owners = filter(_owns_params, every(sites))
+    return {_path(site): main_path(site) for site in owners}
+
+
+def scaled_updates(
+    updates: optax.Updates,
+    params: optax.Params,
+    scale_of: Callable[[str], jax.Array | None],
+) -> optax.Updates:
+    """Each update times the scale of its path, or as it is where that is None.
+
+    Raises `ValueError` for an update that no parameter has asked for, and for one that
+    is to be scaled and is no array of floating-point numbers.
+    """
+    known = {text(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+
+    def scaled_update(key_path: jax.tree_util.KeyPath, update: Any) -> Any:
+        path = text(key_path)
+        if path not in known:
+            raise ValueError(
+                f"the updates have {path!r}, but the parameters do not: "
+                + listed(sorted(known))
+            )
+        scale = scale_of(path)
+        if scale is not None:
+            check_update(path, update)
+        return scaled(update, scale)
+
+    return jax.tree_util.tree_map_with_path(scaled_update, updates)
+
+
+def check_update(path: str, update: Any) -> None:
+    """Raises `ValueError` for a gradient that cannot be scaled."""
+    dtype = getattr(update, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(
+            f"the gradient of {path!r} must be an array of a floating or complex "
+            "dtype, but it is "
+            + (f"a {type(update).__name__}" if dtype is None else f"of {dtype}")
+        )
+
+
+def check_state(state: Any, expected: Any) -> None:
+    """Raises `ValueError` for a state that is not as `init` makes it.
+
+    Args:
+      state: what `update` was given.
+      expected: a state for the same parameters; its leaves may be anything.
+    """
+    if jax.tree.structure(state) == jax.tree.structure(expected):
+        return
+    kind = type(expected).__name__
+    scales = getattr(state, "layer_scales", None)
+    found = f"has those of {listed(scales)}" if isinstance(scales, dict) else "has none"
+    raise ValueError(
+        f"update needs the {kind} that init of the same transformation makes for these "
+        f"parameters, with scales of {listed(expected.layer_scales)}, but the state is "
+        f"a {type(state).__name__} that {found}"
+    )

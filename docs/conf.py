@@ -64,7 +64,7 @@ napoleon_use_ivar = True
 nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     # What Sphinx makes of an alias in a union.
-    ("py:class", r"TypeAliasForwardRef|'jax\.typing\.ArrayLike'"),
+    ("py:class", r"TypeAliasForwardRef|'(jax\.typing|optax)\.\w+'"),
     # Other projects' names, which only a build with a network can look up.
     ("py:.*", r"(builtins|collections|flax|jax|matplotlib|numpy|optax|typing)\..*"),
 ]

@@ -13,6 +13,7 @@ PAGES = {  # the page of each public module
     "backmatch_optax.exact.linen": "exact.md",
     "backmatch_optax.exact.nnx": "exact.md",
     "backmatch_optax.local_hessian": "local_hessian.md",
+    "backmatch_optax.plots": "plots.md",
     "backmatch_optax.spec": "spec.md",
 }
 

@@ -400,6 +400,33 @@ def test_scales_are_refreshed_every_so_often_and_averaged():
     np.testing.assert_allclose(seen[-1], exact, rtol=0.3)
 
 
+def test_scales_may_be_measured_at_the_first_step_alone():
+    params = mlp_params((8, 8, 4))
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    tx = bmo.scale_by_measured_backmatch(key=KEY, refresh_every=None, limit=None)
+    other = bmo.scale_by_measured_backmatch(key=KEY, refresh_every=1000, limit=None)
+    params, state, updates, _ = step(tx, params, x, jnp.ones((16, 4)))
+    expected = step(other, mlp_params((8, 8, 4)), x, jnp.ones((16, 4)))
+    chex.assert_trees_all_equal(updates, expected[2])
+    # Later steps do not run the model: here it would give NaN.
+    later: Any = state
+    for _ in range(3):
+        _, later, _, _ = step(tx, params, jnp.nan * x, jnp.ones((16, 4)), later)
+    chex.assert_trees_all_equal(later.layer_scales, state.layer_scales)
+    assert len({float(scale) for scale in later.layer_scales.values()}) == 2
+    assert later.steps == 4
+
+
+def test_a_parameter_at_the_top_of_the_tree_is_a_layer_by_itself():
+    params = {"positions": jnp.ones((4, 2)), "fc": {"kernel": jnp.ones((4, 2))}}
+
+    def fn(params, x):
+        return x @ params["fc"]["kernel"] + x @ params["positions"]
+
+    measured = bmo.measure_layer_scales(fn, params, jnp.ones((2, 4)), key=KEY)
+    assert list(measured.layer_scales) == ["fc", "positions"]
+
+
 def test_measured_training_is_jittable_donatable_and_learns():
     params = mlp_params((8, 32, 4))
     x = jax.random.normal(jax.random.key(1), (64, 8))
@@ -442,6 +469,36 @@ def test_refresh_every_and_decay_must_be_in_range():
         bmo.scale_by_measured_backmatch(key=KEY, refresh_every=0, normalize=False)
     with pytest.raises(ValueError, match=r"decay \(=1\.0\) must be a number below 1"):
         bmo.scale_by_measured_backmatch(key=KEY, decay=1.0, normalize=False)
+
+
+@pytest.mark.parametrize("decay", [jnp.float32(1), np.float64(1), -0.1, "half"])
+def test_a_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match=r"decay \(=.*must be a number below 1"):
+        bmo.scale_by_measured_backmatch(key=KEY, decay=decay)
+
+
+def test_a_decay_may_be_an_array():
+    params, x = mlp_params((4, 2)), jnp.ones((2, 4))
+    states = []
+    for decay in (0.5, jnp.float32(0.5)):
+        tx = bmo.scale_by_measured_backmatch(key=KEY, decay=decay)
+        states.append(step(tx, params, x, jnp.ones((2, 2)))[1])
+    chex.assert_trees_all_equal(states[0].curvatures, states[1].curvatures)
+
+
+def test_measuring_zeros_makes_no_nan():
+    with jax.debug_nans(True):
+        params = optax.tree.zeros_like(mlp_params((4, 4, 2)))
+        measured = bmo.measure_layer_scales(mlp, params, jnp.ones((2, 4)), key=KEY)
+    assert measured.standard_errors["fc0"] == jnp.inf
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1e30])
+def test_compare_says_where_nothing_finite_is_measured(factor):
+    params = mlp_params((4, 4))
+    chain = spec.LayerChain([spec.Dense("fc0")], input_shape=(4,))
+    with pytest.raises(ValueError, match=r"not finite numbers.* 'fc0'"):
+        bmo.compare_scales(chain, params, mlp, jnp.full((2, 4), factor), key=KEY)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -14,6 +14,15 @@ from chex import assert_trees_all_close, assert_trees_all_equal
 import backmatch_optax as bmo
 from backmatch_optax import spec
 
+
+def outputs(params: Any) -> jax.Array:
+    """A model of any parameters: two examples, one output."""
+    total = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
+    return jnp.tile(jnp.asarray(total), (2, 1))
+
+
+# A key of the old kind, since NumPy compares no typed ones.
+MEASURED: dict[str, Any] = {"key": jax.random.PRNGKey(0), "outputs_fn": outputs}
 EMPTY_CHAIN = spec.LayerChain([], input_shape=(8, 8, 3))
 EVERY = {
     "empty chain": bmo.scale_by_backmatch(
@@ -25,6 +34,9 @@ EVERY = {
     ),
     "sgd": bmo.backmatch_sgd(0.1, models.CONV_NET, weight_decay=1e-2, normalize=False),
     "lsalr": bmo.scale_by_lsalr(),
+    "once": bmo.scale_by_backmatch(models.CONV_NET, refresh=False),
+    "measured": bmo.scale_by_measured_backmatch(refresh_every=2, **MEASURED),
+    "measured once": bmo.scale_by_measured_backmatch(refresh_every=None, **MEASURED),
 }
 every = pytest.mark.parametrize("tx", EVERY.values(), ids=EVERY)
 
@@ -196,7 +208,7 @@ def test_a_gradient_of_none_leaves_the_others_as_they_are(tx, params, grads):
     assert_trees_all_equal(updates, expected | {"norm1": None})
 
 
-@pytest.mark.parametrize("tx", [EVERY["conv net"], EVERY["sgd"]])
+@pytest.mark.parametrize("tx", [tx for name, tx in EVERY.items() if name != "lsalr"])
 def test_map_params_leaves_the_scales_alone(tx, params):
     state = tx.init(params)
     mapped = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)

@@ -588,6 +588,33 @@ def test_a_blocks_function_gets_nested_dicts_where_names_have_slashes():
     assert float(scales["mixer"]) == pytest.approx(1 / 4)
 
 
+@pytest.mark.parametrize(
+    "name", ["weight_curvature", "input_curvature", "forward_gain"]
+)
+def test_a_blocks_function_returns_no_negative_number(name):
+    changes: dict[str, Any] = {name: lambda params: jnp.sum(params["kernel"]) - 7}
+    declared = chain(spec.Dense("fc1"), block(**changes), spec.Dense("fc2"))
+    params = {f"fc{i}": {"kernel": jnp.ones((4, 4))} for i in (1, 2)}
+    params |= {"mixer": {"kernel": jnp.ones(3)}}
+    with pytest.raises(
+        ValueError, match=rf"'mixer'.*{name} must return a positive .* returned -4.0"
+    ) as info:
+        bmo.layer_scales(declared, params, normalize=False)
+    assert_is_a_message_of_the_package(info)
+    # A traced number cannot be looked at: no scale that it enters looks like one.
+    scales = jax.jit(lambda p: bmo.layer_scales(declared, p, normalize=False))(params)
+    assert any(jnp.isnan(scale) for scale in scales.values())
+
+
+@pytest.mark.parametrize(
+    "build", [bmo.scale_by_backmatch, lambda wrong: bmo.backmatch_sgd(0.1, wrong)]
+)
+def test_what_is_no_chain_is_refused_where_it_is_passed(build):
+    with pytest.raises(ValueError, match="LayerChain, but it is a list") as info:
+        build([1, 2])
+    assert_is_a_message_of_the_package(info)
+
+
 def test_an_error_in_a_blocks_function_is_the_users_own():
     def curvature(params):
         return params["kernal"].sum()

@@ -30,7 +30,7 @@ FUNCTIONS = {
     "scale_by_lsalr": [],
     "scale_by_measured_backmatch": [],
 }
-MODULES = ["exact", "local_hessian", "spec"]
+MODULES = ["exact", "local_hessian", "plots", "spec"]
 RESULTS = [
     "MeasuredLayerScales",
     "ScaleByBackmatchState",
@@ -39,22 +39,40 @@ RESULTS = [
 ]
 LINKS = {
     "Activation": ["name"],
+    "Attention": ["path"],
     "AvgPool": ["window_shape"],
     "BatchNorm": ["path"],
+    "Bias": ["path"],
     "Block": ["path"],
+    "ClassToken": ["path"],
+    "Concatenate": ["branches"],
     "Conv": ["path"],
     "ConvTranspose": ["path"],
     "Dense": ["path"],
+    "DenseGeneral": ["path"],
+    "DotProductAttention": ["query", "key", "value"],
     "Dropout": ["rate"],
+    "Embed": ["path"],
     "Flatten": [],
+    "Gate": ["branch", "gate"],
     "GlobalAvgPool": [],
     "GroupNorm": ["path"],
+    "Input": ["shape"],
     "LayerChain": ["layers"],
     "LayerNorm": ["path"],
+    "LayerScale": ["path"],
     "MaxPool": ["window_shape"],
+    "Outputs": ["branches"],
+    "PReLU": ["path"],
     "RMSNorm": ["path"],
+    "Reshape": ["shape"],
     "Residual": ["branch", "shortcut"],
+    "Resize": ["shape"],
     "Scale": ["factor"],
+    "Slice": ["index"],
+    "Tied": ["links"],
+    "Transpose": ["axes"],
+    "Unembed": ["path"],
 }
 CALLABLES: dict[str, Any] = {name: getattr(bmo, name) for name in FUNCTIONS} | {
     f"spec.{name}": getattr(spec, name) for name in LINKS
@@ -186,7 +204,7 @@ def test_only_dependencies_are_imported_at_the_top(source):
 def test_import_loads_nothing_that_is_optional():
     code = (
         "import sys, backmatch_optax; "
-        "print({'flax', 'chex', 'matfree'} & set(sys.modules))"
+        "print({'flax', 'chex', 'matfree', 'matplotlib'} & set(sys.modules))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

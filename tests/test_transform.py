@@ -1,5 +1,6 @@
 """The transformations do what their formulas say, step by step."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -337,6 +338,218 @@ def test_loss_goes_down_on_a_regression():
     train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=100))
     _, losses = train((params, tx.init(params)))
     assert losses[-1] < 0.1 * losses[0]
+
+
+# --- Scales of the first step, kept --------------------------------------------------
+
+ONCE = bmo.scale_by_backmatch(PAPER_NET, refresh=False, normalize=False)
+
+
+def test_without_refresh_the_scales_are_those_of_the_first_step():
+    grads, later = models.random_like(PAPER_PARAMS), models.random_like(PAPER_PARAMS, 1)
+    updates, state = one_step(ONCE, grads, PAPER_PARAMS)
+    # Biases have scales of their own, which are kept too.
+    expected = jax.tree.map(jnp.multiply, grads, PAPER_SCALES)
+    assert_trees_all_close(updates, expected, rtol=1e-6)
+    after: Any
+    again, after = ONCE.update(grads, state, later)
+    assert_trees_all_equal(again, updates)
+    assert_trees_all_equal(after, state)
+    assert_trees_all_close(after.layer_scales, PAPER_LAYER_SCALES, rtol=1e-6)
+    followed = bmo.layer_scales(PAPER_NET, later, normalize=False)
+    assert not np.allclose(followed["fc2"], after.layer_scales["fc2"])
+
+
+def test_without_refresh_later_steps_read_no_parameter():
+    grads = models.random_like(PAPER_PARAMS)
+    updates, state = one_step(ONCE, grads, PAPER_PARAMS)
+    unreadable = optax.tree.full_like(PAPER_PARAMS, jnp.nan)
+    again, _ = jax.jit(ONCE.update)(grads, state, unreadable)
+    assert_trees_all_close(again, updates, rtol=1e-6)
+    jaxpr = jax.make_jaxpr(ONCE.update)(grads, state, PAPER_PARAMS)
+    outside = [equation.primitive.name for equation in jaxpr.eqns]
+    assert "cond" in outside
+    assert not any("reduce" in name for name in outside)
+
+
+def test_without_refresh_init_may_see_shapes_alone():
+    shapes = jax.eval_shape(lambda: PAPER_PARAMS)
+    grads = models.random_like(PAPER_PARAMS)
+    updates, _ = ONCE.update(grads, ONCE.init(shapes), PAPER_PARAMS)
+    expected, _ = one_step(ONCE, grads, PAPER_PARAMS)
+    assert_trees_all_equal(updates, expected)
+
+
+def test_without_refresh_a_block_keeps_its_scale():
+    link = spec.Block("mixer", weight_curvature=8.0, input_curvature=1.0)
+    chain = spec.LayerChain([link], input_shape=(4,))
+    params = {"mixer": {"w": jnp.ones((3, 3)), "inner": {"gate": jnp.ones(5)}}}
+    tx = bmo.scale_by_backmatch(chain, refresh=False, normalize=False)
+    for _ in range(2):
+        updates, _ = one_step(tx, params, params)
+        assert_trees_all_close(updates, optax.tree.scale(1 / 8, params), rtol=1e-6)
+
+
+def test_backmatch_sgd_passes_refresh_on():
+    tx = bmo.backmatch_sgd(0.1, PAPER_NET, refresh=False)
+    _, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)
+    assert optax.tree.get(state, "computed")
+
+
+def test_refresh_is_true_or_false():
+    with pytest.raises(ValueError, match=r"refresh \(='once'\) must be True or False"):
+        bmo.scale_by_backmatch(PAPER_NET, refresh="once")  # pyright: ignore
+
+
+# --- What is refused -----------------------------------------------------------------
+
+EVERY = {
+    "follows": bmo.scale_by_backmatch(PAPER_NET),
+    "kept": bmo.scale_by_backmatch(PAPER_NET, refresh=False),
+    "measured": bmo.scale_by_measured_backmatch(
+        key=jax.random.key(0),
+        outputs_fn=lambda params: jnp.stack([optax.tree.sum(params)]),
+    ),
+}
+every = pytest.mark.parametrize("tx", EVERY.values(), ids=EVERY)
+
+
+@every
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_a_state_of_other_layers_is_refused(tx, jit):
+    other_net = spec.LayerChain([spec.Dense("head")], input_shape=(4,))
+    params = {"head": {"kernel": jnp.ones((4, 2))}}
+    other = {
+        "follows": bmo.scale_by_backmatch(other_net),
+        "kept": bmo.scale_by_backmatch(other_net, refresh=False),
+        "measured": EVERY["measured"],
+    }[next(name for name, value in EVERY.items() if value is tx)]
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.raises(ValueError, match=r"'fc1'.* but the state .* those of 'head'"):
+        update(PAPER_PARAMS, other.init(params), PAPER_PARAMS)
+
+
+@every
+def test_a_state_of_another_transformation_is_refused(tx):
+    for state in (optax.EmptyState(), optax.trace(0.9).init(PAPER_PARAMS)):
+        message = f"but the state is a {type(state).__name__} that has none"
+        with pytest.raises(ValueError, match=message):
+            tx.update(PAPER_PARAMS, state, PAPER_PARAMS)
+
+
+def test_a_state_that_follows_is_no_state_that_is_kept():
+    follows, kept = EVERY["follows"], EVERY["kept"]
+    for tx, other in ((follows, kept), (kept, follows)):
+        with pytest.raises(ValueError, match="init of the same transformation"):
+            tx.update(PAPER_PARAMS, other.init(PAPER_PARAMS), PAPER_PARAMS)
+
+
+@every
+def test_an_update_that_no_parameter_has_asked_for_is_refused(tx):
+    state = tx.init(PAPER_PARAMS)
+    more = PAPER_PARAMS | {"fc3": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match="updates have 'fc3/kernel', but the param"):
+        tx.update(more, state, PAPER_PARAMS)
+    with pytest.raises(ValueError, match="updates have 'loss', but the parameters do"):
+        tx.update({"loss": jnp.ones(())}, state, PAPER_PARAMS)
+
+
+@pytest.mark.parametrize("unlisted", ["error", "identity"])
+def test_an_update_below_a_parameter_is_refused(unlisted):
+    tx = bmo.scale_by_backmatch(PAPER_NET, unlisted=unlisted)
+    updates = PAPER_PARAMS | {"fc2": {"kernel": {"low_rank": jnp.ones(2)}}}
+    with pytest.raises(ValueError, match="updates have 'fc2/kernel/low_rank'"):
+        tx.update(updates, tx.init(PAPER_PARAMS), PAPER_PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "found"),
+    [
+        (jnp.ones((8, 2), int), "of int32"),
+        (np.ones((8, 2), bool), "of bool"),
+        (1.0, "a float"),
+        (1, "a int"),
+    ],
+    ids=["integers", "booleans", "float", "int"],
+)
+@pytest.mark.parametrize("tx", [*EVERY.values(), bmo.scale_by_lsalr()])
+def test_a_gradient_that_is_no_array_of_floats_is_refused(tx, gradient, found):
+    updates = PAPER_PARAMS | {"fc2": PAPER_PARAMS["fc2"] | {"kernel": gradient}}
+    message = f"gradient of 'fc2/kernel' must be .* but it is {found}"
+    with pytest.raises(ValueError, match=message):
+        tx.update(updates, tx.init(PAPER_PARAMS), PAPER_PARAMS)
+
+
+def test_a_gradient_that_is_not_scaled_may_be_anything():
+    tx = bmo.scale_by_backmatch(PAPER_NET, unlisted="identity")
+    params = PAPER_PARAMS | {"count": jnp.zeros((), int), "temperature": jnp.ones(())}
+    no_gradient = np.zeros((), jax.dtypes.float0)
+    grads: Any = PAPER_PARAMS | {"count": no_gradient, "temperature": 1.0}
+    updates, _ = one_step(tx, grads, params)
+    assert updates["count"] is no_gradient
+    assert updates["temperature"] == 1.0
+
+
+# --- JAX's own checks ----------------------------------------------------------------
+
+
+@pytest.fixture
+def debug() -> Iterator[None]:
+    """Raises where any operation makes a NaN or an infinity."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        yield
+
+
+@pytest.mark.usefixtures("debug")
+def test_the_debugging_checks_are_on():
+    with pytest.raises(FloatingPointError):
+        jnp.log(jnp.zeros(()))
+
+
+DEBUGGED: list[dict[str, Any]] = [
+    {"gains": "paper"},
+    {"gains": "mean_field"},
+    {"normalize": False},
+    {"refresh": False},
+]
+
+
+@pytest.mark.usefixtures("debug")
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        *(
+            bmo.backmatch_sgd(0.1, models.MLP, norm_floor=floor, **options)
+            for floor in (0.0, 0.1)
+            for options in DEBUGGED
+        ),
+        bmo.scale_by_lsalr(),
+        EVERY["measured"],
+    ],
+)
+def test_zeros_make_no_nan_and_no_infinity_on_the_way(tx, jit):
+    params = models.init_params(models.Mlp(), models.MLP)
+    zeros = optax.tree.zeros_like(params)
+    update = jax.jit(tx.update) if jit else tx.update
+    for at in (zeros, params | {"fc3": zeros["fc3"]}):
+        updates, _ = update(zeros, tx.init(at), at)
+        assert_trees_all_equal(updates, zeros)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kernels", [0.0, 0.5])
+def test_the_derivative_by_the_norm_floor_is_finite_at_zero(normalize, kernels):
+    params = optax.tree.full_like(PAPER_PARAMS, kernels)
+
+    def total(floor: jax.Array) -> Any:
+        scales = bmo.layer_scales(
+            PAPER_NET, params, norm_floor=floor, normalize=normalize, limit=None
+        )
+        return sum(scales.values())
+
+    assert jnp.isfinite(jax.grad(total)(0.0))
+    assert jnp.isfinite(jax.grad(total)(0.1))
 
 
 # --- LSALR ---------------------------------------------------------------------------

@@ -19,34 +19,63 @@ Liu, "On the Local Hessian in Back-propagation", NeurIPS 2018.
 
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive
+from backmatch_optax.spec.attention import Attention, DenseGeneral, DotProductAttention
 from backmatch_optax.spec.chain import LayerChain
-from backmatch_optax.spec.composite import Block, Residual
+from backmatch_optax.spec.composite import (
+    Block,
+    Concatenate,
+    Gate,
+    Input,
+    Outputs,
+    Residual,
+)
 from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
+from backmatch_optax.spec.embed import Embed, Tied, Unembed
+from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
 from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
 from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from backmatch_optax.spec.pool import AvgPool, Flatten, GlobalAvgPool, MaxPool
+from backmatch_optax.spec.reshape import Reshape, Resize, Slice, Transpose
 
 __all__ = [
     "Activation",
+    "Attention",
     "AvgPool",
     "BatchNorm",
+    "Bias",
     "Block",
+    "ClassToken",
+    "Concatenate",
     "Conv",
     "ConvTranspose",
     "Dense",
+    "DenseGeneral",
+    "DotProductAttention",
     "Dropout",
+    "Embed",
     "Flatten",
+    "Gate",
     "GlobalAvgPool",
     "GroupNorm",
+    "Input",
     "LayerChain",
     "LayerNorm",
+    "LayerScale",
     "Link",
     "MaxPool",
     "Moments",
+    "Outputs",
+    "PReLU",
     "Positive",
     "RMSNorm",
+    "Reshape",
     "Residual",
+    "Resize",
     "Scale",
     "Site",
+    "Slice",
+    "Tied",
+    "Transpose",
+    "Unembed",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from backmatch_optax.spec.composite import Outputs
 from backmatch_optax.spec.link import Link, checked_links, with_paths
 from backmatch_optax.spec.windows import checked_shape
 
@@ -58,10 +59,17 @@ class LayerChain:
             if link.path in owners:
                 raise ValueError(
                     f"LayerChain: two layers declare the path {link.path!r}: "
-                    f"{owners[link.path]} and {link}. A module used twice has no scale "
-                    "of its own; declare each path once."
+                    f"{owners[link.path]} and {link}. Declare a second use as "
+                    f"spec.Tied([{link}])."
                 )
             owners[link.path] = link
+        for link in with_paths(self.layers, declared=False):
+            if link.path not in owners:
+                raise ValueError(
+                    f"LayerChain: {link} is Tied, but no other layer declares the path "
+                    f"{link.path!r}"
+                )
+        _check_ends(self.layers)
         for block in filter(lambda link: link.owns_subtree, owners.values()):
             for path, link in owners.items():
                 inside = path.startswith(f"{block.path}/") or block.path == ""
@@ -82,3 +90,29 @@ class LayerChain:
         return (
             f"spec.LayerChain(\n    {listed},\n    input_shape={self.input_shape},\n)"
         )
+
+
+def _check_ends(
+    links: Sequence[Link], may_begin: bool = False, may_end: bool = True
+) -> None:
+    """Raises `ValueError` where another input or output is not at an end."""
+    for index, link in enumerate(links):
+        if link.begins and (index or not may_begin):
+            raise ValueError(
+                f"LayerChain: {link} must be the first link of an arm; the chain's own "
+                "input is input_shape"
+            )
+        ends = isinstance(link, Outputs)
+        if ends and (index + 1 < len(links) or not may_end):
+            raise ValueError(
+                f"LayerChain: {link} must be the last link of the chain; what follows "
+                "an output is one of its branches"
+            )
+        arms = [*link.arms.values()]
+        if arms and all(arm and arm[0].begins for arm in arms):
+            raise ValueError(
+                f"LayerChain: all arms of {link} begin with an input of their own, so "
+                "that nothing reaches what is below"
+            )
+        for arm in arms:
+            _check_ends(arm, may_begin=True, may_end=ends)

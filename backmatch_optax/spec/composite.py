@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from backmatch_optax.moments import Moments
+from backmatch_optax.moments import Moments, beside
 from backmatch_optax.numerics import wide
 from backmatch_optax.powers import Positive, measured, number
 from backmatch_optax.spec import crossterms
@@ -53,7 +55,8 @@ class Block(Link):
 
     Raises:
       ValueError: where a curvature is neither a positive number nor a function, or (at
-        `init`) a function returns something that is not a real scalar.
+        `init`) a function returns something that is not a real scalar, or a negative
+        one. Under `jax.jit` a negative number makes scales of NaN.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -134,7 +137,13 @@ class Block(Link):
                 f"spec layer {here.label}: {name} must return a real scalar, but it "
                 f"returned {found}"
             )
-        return measured(jnp.asarray(value, wide(dtype)))
+        value = jnp.asarray(value, wide(dtype))
+        if not isinstance(value, Tracer) and value < 0:
+            raise ValueError(
+                f"spec layer {here.label}: {name} must return a positive number, but "
+                f"it returned {value}"
+            )
+        return measured(value)  # traced, below 0 it is NaN
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -173,6 +182,8 @@ class Residual(Link):
     def arms(self) -> Mapping[str, Sequence[Link]]:
         return {"branch": self.branch, "shortcut": self.shortcut}
 
+    adds_arms = True
+
     def elementwise(self, here: Site) -> Elementwise | None:
         return crossterms.elementwise_sum(here)
 
@@ -183,3 +194,258 @@ class Residual(Link):
             return together.moments
         branch, shortcut = here.arm_moments
         return branch + shortcut
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Concatenate(Link):
+    """Chains side by side whose outputs are joined along one axis.
+
+    Every coordinate of the output belongs to one branch. So a branch receives the
+    backward factor `m` as it is, and the second moment of the whole is the mean over
+    all coordinates:
+
+        m_branch = m,    q = sum_i q_i * size_i / sum_i size_i
+
+    At the common input the backward factors of the branches add up, as those of a
+    `Residual` do.
+
+    Args:
+      branches: the chains, each a sequence of links from input to output; an empty one
+        passes the input on, as in a DenseNet or in the skip of a U-Net.
+      axis: along which, counted from the end: -1 for the features, -2 for the last
+        axis of positions.
+
+    Raises:
+      ValueError: where there is no branch, an entry is not a link, `axis` is not a
+        negative int, or (at `init`) the outputs differ along another axis.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Concatenate([[], [spec.Conv("Conv_0"), spec.Activation("relu")]])
+      spec.Concatenate(((), (spec.Conv('Conv_0'), spec.Activation('relu'))))
+    """
+
+    branches: Sequence[Sequence[Link]]
+    axis: int = dataclasses.field(default=-1, kw_only=True)
+
+    adds_arms = True
+
+    def validate(self) -> None:
+        self._canonical(branches=checked_chains("branches", self.branches))
+        if not isinstance(self.axis, int) or self.axis >= 0:
+            raise ValueError(
+                f"axis (={self.axis!r}) must be a negative int: -1 for the features, "
+                "-2 for the last axis of positions"
+            )
+
+    @property
+    def arms(self) -> Mapping[str, Sequence[Link]]:
+        return numbered("branches", self.branches)
+
+    def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The branches' shape, with their lengths along the axis added up."""
+        axis, listed = self.axis, ", ".join(f"{arm} {s}" for arm, s in shapes.items())
+        if -axis > min(map(len, shapes.values())):
+            raise ValueError(f"its branches have no axis {axis}: {listed}")
+        others = {(shape[:axis], shape[axis:][1:]) for shape in shapes.values()}
+        if len(others) > 1:
+            raise ValueError(
+                f"its branches may differ along axis {axis} alone, but: {listed}"
+            )
+        before, after = others.pop()
+        return (*before, sum(shape[axis] for shape in shapes.values()), *after)
+
+    def moments_after(self, here: Site) -> Moments:
+        shares = [math.prod(shape) / here.size_out for shape in here.arm_shapes]
+        return beside(here.arm_moments, shares, units=self.axis == -1)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Gate(Link):
+    """Two chains side by side whose outputs are multiplied: `branch(x) * gate(x)`.
+
+    The derivative of `a * b` by `a` is `b`, so the branch's curvature is the second
+    moment of the gate, and the other way round:
+
+        m_a = m * q_b,    m_b = m * q_a,    q = q_a * q_b
+
+    The two count as unrelated, as the outputs of two random kernels are. That does not
+    hold for a function of one signal such as `x * sigmoid(x)`: it is an `Activation`.
+    A gate with fewer axes, or with axes of length 1, is repeated as in NumPy; its
+    curvature is the sum over all its uses.
+
+    Args:
+      branch: the links of what is multiplied, from input to output; empty for the
+        input itself.
+      gate: the links of what it is multiplied by, from input to output.
+
+    Raises:
+      ValueError: where an entry is not a link, or (at `init`) the gate's output cannot
+        be repeated to the shape of the branch's.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> squeeze_excite = spec.Gate(
+      ...     [],
+      ...     [
+      ...         spec.GlobalAvgPool(),
+      ...         spec.Dense("reduce"),
+      ...         spec.Activation("relu"),
+      ...         spec.Dense("expand"),
+      ...         spec.Activation("sigmoid"),
+      ...     ],
+      ... )
+      >>> spec.Gate([spec.Dense("up")], [spec.Dense("gate"), spec.Activation("silu")])
+      spec.Gate((spec.Dense('up'),), (spec.Dense('gate'), spec.Activation('silu')))
+    """
+
+    branch: Sequence[Link]
+    gate: Sequence[Link]
+
+    def validate(self) -> None:
+        self._canonical(
+            branch=checked_links("branch", self.branch),
+            gate=checked_links("gate", self.gate),
+        )
+
+    @property
+    def arms(self) -> Mapping[str, Sequence[Link]]:
+        return {"branch": self.branch, "gate": self.gate}
+
+    def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The branch's."""
+        branch, gate = shapes["branch"], shapes["gate"]
+        aligned = zip(reversed(gate), reversed(branch), strict=False)
+        if len(gate) > len(branch) or any(g not in (1, b) for g, b in aligned):
+            raise ValueError(
+                f"its gate of shape {gate} cannot be repeated to its branch's {branch}"
+            )
+        return branch
+
+    def moments_after(self, here: Site) -> Moments:
+        branch, gate = here.arm_moments
+        return branch.times(gate)
+
+    def m_arm(self, here: Site, arm: int) -> Positive:
+        uses = here.size_out / math.prod(here.arm_shapes[arm])
+        return here.arm_moments[1 - arm].q * uses
+
+    def centres(self, centred: bool) -> bool:
+        del centred
+        return False  # what an arm is handed was multiplied by the other
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Outputs(Link):
+    """The end of a model with several outputs: a chain for each of them.
+
+    The loss is the sum of `weight * loss` over the outputs. A weight multiplies its
+    loss's second derivative, and so the backward factor that the recursion starts with:
+
+        m_branch = weight
+
+    An output in the middle, such as an auxiliary head, is one branch, and all that
+    follows it is the other.
+
+    Args:
+      branches: the chains, each a sequence of links that ends in one output.
+      weights: that of each output's loss; None for 1 each.
+
+    Raises:
+      ValueError: where there is no branch, an entry is not a link, or `weights` are not
+        as many positive numbers; or (in `LayerChain`) a link follows.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Outputs([[spec.Dense("pi")], [spec.Dense("v")]], weights=(1, 2))
+      spec.Outputs(((spec.Dense('pi'),), (spec.Dense('v'),)), weights=(1.0, 2.0))
+    """
+
+    branches: Sequence[Sequence[Link]]
+    weights: Sequence[float] | None = dataclasses.field(default=None, kw_only=True)
+
+    def validate(self) -> None:
+        self._canonical(branches=checked_chains("branches", self.branches))
+        if self.weights is None:
+            return
+        try:
+            weights = tuple(map(float, self.weights))
+        except (TypeError, ValueError):
+            weights = ()
+        fits = len(weights) == len(self.branches)
+        if not fits or not all(0.0 < weight <= _LARGEST for weight in weights):
+            raise ValueError(
+                f"weights (={self.weights!r}) must be {len(self.branches)} positive "
+                "numbers, one for each branch"
+            )
+        self._canonical(weights=weights)
+
+    @property
+    def arms(self) -> Mapping[str, Sequence[Link]]:
+        return numbered("branches", self.branches)
+
+    def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """All outputs as one axis."""
+        return (sum(map(math.prod, shapes.values())),)
+
+    def moments_after(self, here: Site) -> Moments:
+        shares = [math.prod(shape) / here.size_out for shape in here.arm_shapes]
+        return beside(here.arm_moments, shares, units=True)
+
+    def m_arm(self, here: Site, arm: int) -> Positive:
+        return number(1.0 if self.weights is None else self.weights[arm])
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Input(Link):
+    """Another input of the model, in the place of what lies below.
+
+    The first link of an arm: a second tower, or what a decoder attends to. The input
+    counts as whitened, `q = 1`, and nothing is handed on.
+
+    Args:
+      shape: of one input without the batch dimension.
+
+    Raises:
+      ValueError: where `shape` is not a sequence of positive ints; or (in `LayerChain`)
+        it is not the first link of an arm, or all arms beside it have an `Input` too.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> two_towers = spec.Concatenate(
+      ...     [[spec.Dense("image")], [spec.Input((16,)), spec.Dense("text")]]
+      ... )
+      >>> two_towers.branches[1][0]
+      spec.Input((16,))
+    """
+
+    shape: Sequence[int]
+
+    begins = True
+
+    def validate(self) -> None:
+        self._canonical(shape=checked_shape("shape", self.shape))
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """As declared."""
+        del input_shape, param_shapes
+        return tuple(self.shape)
+
+    def moments_after(self, here: Site) -> Moments:
+        return Moments(number(1.0))
+
+
+def checked_chains(name: str, chains: Any) -> tuple[tuple[Link, ...], ...]:
+    """The links of several chains, or `ValueError`."""
+    if not isinstance(chains, Sequence) or not chains:
+        raise ValueError(f"{name} must be a sequence of chains, but it is {chains!r}")
+    return tuple(
+        checked_links(f"{name}[{index}]", chain) for index, chain in enumerate(chains)
+    )
+
+
+def numbered(name: str, chains: Sequence[Sequence[Link]]) -> dict[str, Sequence[Link]]:
+    """Chains as arms, by their place."""
+    return {f"{name}[{index}]": chain for index, chain in enumerate(chains)}

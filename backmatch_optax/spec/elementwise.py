@@ -14,9 +14,12 @@ ACTIVATIONS = (
     "celu",
     "elu",
     "gelu",
+    "hard_sigmoid",
+    "hard_swish",
     "hard_tanh",
     "identity",
     "leaky_relu",
+    "mish",
     "relu",
     "relu6",
     "selu",
@@ -37,7 +40,7 @@ class Activation(Link):
     gains as what it does to a Gaussian signal.
 
     Args:
-      name: the name of the function in `flax.linen`, such as `"relu"` or `"tanh"`.
+      name: the name of the function in `jax.nn`, such as `"relu"` or `"tanh"`.
 
     Raises:
       ValueError: where the name is not known, with the nearest that are.
@@ -82,10 +85,12 @@ class Dropout(Link):
     """Dropout, which keeps the mean of signal and gradient.
 
     With the papers' gains it counts as 1 both ways. With mean-field gains both second
-    moments grow by `1 / (1 - rate)`: what is kept is squared, times its share.
+    moments grow by `1 / (1 - rate)`: what is kept is squared, times its share. The same
+    holds where whole examples are dropped: as the last link of a residual branch it is
+    stochastic depth.
 
     Args:
-      rate: the share of entries that are dropped.
+      rate: the share of entries, or of examples, that are dropped.
 
     Raises:
       ValueError: where it is not a number in [0, 1).

@@ -48,6 +48,8 @@ class Site:
         default_factory=lambda: Moments(number(1.0))
     )
     n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
+    # All uses, of parameters that are used more than once.
+    uses: list[Site] = dataclasses.field(default_factory=list)
     _known: dict[str, Positive] = dataclasses.field(default_factory=dict)
 
     @property
@@ -90,6 +92,12 @@ class Site:
         """Coordinates of the output."""
         return math.prod(self.output_shape)
 
+    @property
+    def arm_shapes(self) -> list[Shape]:
+        """Shapes of what the arms put out."""
+        arms = self.arms.values()
+        return [arm[-1].output_shape if arm else self.input_shape for arm in arms]
+
     def squared_row_norm(self, role: str) -> Positive:
         """BM's `||W||^2_{2,mu}`: the mean over output features of `||w||^2`.
 
@@ -97,7 +105,7 @@ class Site:
         BatchNorm's scale or bias this is its mean square.
         """
         leaf, floor = self.params[role], self.norm_floor
-        count = leaf.shape[-1]
+        count = leaf.shape[-1] if leaf.ndim else 1
         return self.once(
             role, lambda: measured(_sum_of_squares(leaf), count=count, floor=floor)
         )
@@ -163,6 +171,11 @@ class Link:
     roles: ClassVar[tuple[str, ...]] = ()
     required_roles: ClassVar[tuple[str, ...]] = ()
     owns_subtree: ClassVar[bool] = False  # every parameter below its path instead
+    # Of a link with arms: whether its output is all that they put out, added or side by
+    # side, so that size times second moment is the sum of theirs.
+    adds_arms: ClassVar[bool] = False
+    declares_arms: ClassVar[bool] = True  # or others declare what they own
+    begins: ClassVar[bool] = False  # takes an input of its own, not what lies below
 
     def __post_init__(self):
         try:
@@ -187,6 +200,13 @@ class Link:
         del param_shapes
         return input_shape
 
+    def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """Shape of the output, from those of the arms; for a link that has arms."""
+        if len(set(shapes.values())) > 1:
+            listed = ", ".join(f"{arm} {shape}" for arm, shape in shapes.items())
+            raise ValueError(f"its arms must end in one shape, but: {listed}")
+        return next(iter(shapes.values()))
+
     def moments_after(self, here: Site) -> Moments:
         """Moments of the output, means over all its coordinates."""
         return here.moments
@@ -198,6 +218,11 @@ class Link:
     def m_z(self, here: Site) -> Positive:
         """Input curvature: the mean diagonal of `J^T J` for its input."""
         del here
+        return number(1.0)
+
+    def m_arm(self, here: Site, arm: int) -> Positive:
+        """Arm curvature: the mean diagonal of `J^T J` for what an arm puts out."""
+        del here, arm
         return number(1.0)
 
     def centres(self, centred: bool) -> bool:
@@ -256,13 +281,24 @@ def kind_of(value: Any) -> str:
     return f"a {module}{kind.__qualname__}"
 
 
-def with_paths(links: Iterable[Link]) -> Iterator[Any]:
-    """The links with parameters, those inside other links too, input to output."""
+def with_paths(links: Iterable[Link], declared: bool = True) -> Iterator[Any]:
+    """The links with parameters, those inside other links too, input to output.
+
+    Those that declare them, or else those that use what another declares.
+    """
     for link in links:
-        if getattr(link, "path", None) is not None:
+        if declared and own_path(link) is not None:
             yield link
         for arm in link.arms.values():
-            yield from with_paths(arm)
+            if link.declares_arms:
+                yield from with_paths(arm, declared)
+            elif not declared:
+                yield from with_paths(arm)
+
+
+def own_path(link: Link) -> str | None:
+    """Where a link's parameters lie; those of a link with arms are its arms' own."""
+    return None if link.arms else getattr(link, "path", None)
 
 
 def checked_links(name: str, links: Any) -> tuple[Link, ...]:

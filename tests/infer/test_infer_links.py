@@ -21,12 +21,13 @@ RELU = spec.Activation("relu")
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in ACTIVATIONS if name not in ("identity", "swish", "celu")],
+    # The last is read as its parts, a relu6 and a constant.
+    sorted({*ACTIVATIONS} - {"identity", "swish", "celu", "hard_sigmoid"}),
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_activations(name, dtype):
     def function(_: Any, x: jax.Array) -> jax.Array:
-        return getattr(nn, name)(x.astype(dtype)).astype(jnp.float32)
+        return getattr(jax.nn, name)(x.astype(dtype)).astype(jnp.float32)
 
     assert infer(function) == [spec.Activation(name)]
 

@@ -244,3 +244,18 @@ def test_scales_of_a_net_with_epsilons_are_those_of_its_gauss_newton_matrix(size
     scales = two_norms(1e-3, kernels, "mean_field")
     for name, scale in scales.items():
         assert 1 / scale == pytest.approx(diagonals[name], rel=1e-4)
+
+
+def test_programs_with_epsilons_grow_with_the_depth_and_not_with_its_square(optimized):
+    def lines(depth: int) -> int:
+        links: list[spec.Link] = []
+        for i in range(depth):
+            links += [spec.Dense(f"d{i}"), spec.BatchNorm(), spec.Activation("relu")]
+        chain = spec.LayerChain(links, input_shape=(4,))
+        params = {path: {"kernel": jnp.eye(4)} for path in chain.paths}
+        scales = functools.partial(bmo.layer_scales, chain, gains="mean_field")
+        program = jax.jit(scales).lower(params).compile().as_text()
+        assert program is not None
+        return program.count("\n")
+
+    assert lines(24) < 2.3 * lines(12)

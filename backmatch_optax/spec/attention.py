@@ -1,0 +1,353 @@
+"""Attention, from dot products of queries and keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backmatch_optax.moments import Moments
+from backmatch_optax.powers import Positive, magnitudes, measured, number
+from backmatch_optax.spec.composite import Input
+from backmatch_optax.spec.link import (
+    Link,
+    Shape,
+    Site,
+    check_number,
+    check_path,
+    checked_links,
+)
+from backmatch_optax.spec.windows import checked_shape
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class DenseGeneral(Link):
+    """A dense layer on several axes, `flax.linen.DenseGeneral` or nnx.LinearGeneral.
+
+    Its kernel has the shape `(*in, *out)`, such as (features, heads, head_dim). For the
+    rules, and for the links above and below, the axes of each kind are one axis of
+    features: they are those of `Dense`, BM (32) and (34).
+
+    Args:
+      path: where the layer's `kernel` and optional `bias` lie in the parameters.
+
+    Raises:
+      ValueError: where `path` is not a string of names joined by single slashes, or (at
+        `init`) the first axes of the kernel do not make up the input's features.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.DenseGeneral("attention/query")
+      spec.DenseGeneral('attention/query')
+    """
+
+    path: str
+
+    roles = ("kernel", "bias")
+    required_roles = ("kernel",)
+
+    def validate(self) -> None:
+        check_path(self.path)
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """The input's, with the product of the output's axes as its features."""
+        kernel, bias = param_shapes["kernel"], param_shapes.get("bias")
+        for end in range(1, len(kernel)):
+            if math.prod(kernel[:end]) == input_shape[-1]:
+                break
+        else:
+            raise ValueError(
+                f"the first axes of its kernel of shape {kernel} do not make up the "
+                f"{input_shape[-1]} features of its input"
+            )
+        if bias is not None and bias != kernel[end:]:
+            raise ValueError(f"its bias has shape {bias}, but expected {kernel[end:]}")
+        return (*input_shape[:-1], math.prod(kernel[end:]))
+
+    def moments_after(self, here: Site) -> Moments:
+        after = here.moments.mixed(self._row_norm(here, "kernel"))
+        if here.mean_field and "bias" in here.params:
+            after = after.with_spread(self._row_norm(here, "bias"))
+        return after
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        if role != "kernel":
+            return number(here.positions_out)
+        return here.positions_out * (here.moments.variance if here.centred else here.q)
+
+    def m_z(self, here: Site) -> Positive:
+        return self._row_norm(here, "kernel") * here.fan_out / here.fan_in
+
+    def _row_norm(self, here: Site, role: str) -> Positive:
+        last = here.params[role].shape[-1]
+        return here.squared_row_norm(role) * last / here.fan_out
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class DotProductAttention(Link):
+    r"""Softmax attention between three chains: queries, keys and values.
+
+    For each head of `d` features, `o_i = sum_j a_ij v_j` with the weights
+    `a_ij = softmax_j(q_i . k_j / sqrt(d))`. Its derivatives are
+
+        d o_i / d v_j = a_ij
+        d o_i / d k_j = a_ij (v_j - o_i) q_i^T / sqrt(d)
+        d o_i / d q_i = sum_j a_ij (v_j - o_i) k_j^T / sqrt(d)
+
+    A kernel adds them up over the positions `j`. So what counts are covariances under
+    the weights: of values and keys for queries, of values and the input for keys. Let
+    `V` and `K` be the variances of values and keys, `Q` the second moment of queries,
+    `t = Q K` the variance of the logits, `D` the features of the input, and `S` the
+    mean over queries of `sum_j a_ij^2`. For as many queries as keys
+
+        m_value = m (S + (1 - S) t / D)
+        m_key   = m Q V (S (1 - S) + (1 - S)^2 / D)
+        m_query = m K V (S (1 - S) + (1 - S)^2 / D)
+        variance after = V (S + (1 - S) t / D)
+
+    The terms with `D` do not vanish with the number of positions: keys and values are
+    functions of the same `D` features, and so their covariance is `1 / D` of their
+    variances. A constant added to all keys changes nothing; only their variance counts.
+
+    **Assumptions.** Positions are unrelated about their units' means, the input is
+    white, and kernels are random. A bias of the values passes whole, but this rule
+    takes it for a part of them, so that its scale is too large. The papers have no rule
+    for attention; this one holds with both gains.
+
+    **The weights.** Logits count as Gaussian of variance `t`. For small ones attention
+    is nearly uniform and `S` is one over the number of positions; for large ones the
+    weights are those of a Gaussian sample, and `S (1 - S)` is `S + S^2` minus twice the
+    sum of their cubes. Pass `attended` where the model is known to attend to more or
+    to fewer: then weights are equal over so many positions and zero elsewhere.
+
+    Args:
+      query: the links from the input to the queries, all heads side by side.
+      key: the links to the keys. They may have fewer heads than the queries, which then
+        share them (grouped-query attention).
+      value: the links to the values, of as many heads as the keys.
+      causal: whether a position attends only to itself and to those before it.
+      attended: the effective number of positions that a query attends to, `1 / S` or
+        nearly `exp` of the mean entropy of its weights; None for what is said above.
+
+    Raises:
+      ValueError: where an entry is not a link, `attended` is not a number above 1, or
+        (at `init`) the shapes of queries, keys and values do not fit each other.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> fused = [  # one kernel for all three
+      ...     spec.Dense("qkv"),
+      ...     spec.DotProductAttention(
+      ...         [spec.Slice((0, 64), axis=-1)],
+      ...         [spec.Slice((64, 128), axis=-1)],
+      ...         [spec.Slice((128, 192), axis=-1)],
+      ...         causal=True,
+      ...     ),
+      ...     spec.Dense("out"),
+      ... ]
+      >>> spec.DotProductAttention([spec.Dense("q")], [], [], attended=8)
+      spec.DotProductAttention((spec.Dense('q'),), (), (), attended=8.0)
+    """
+
+    query: Sequence[Link]
+    key: Sequence[Link]
+    value: Sequence[Link]
+    causal: bool = dataclasses.field(default=False, kw_only=True)
+    attended: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def validate(self) -> None:
+        for name in ("query", "key", "value"):
+            self._canonical(**{name: checked_links(name, getattr(self, name))})
+        self._canonical(attended=_checked_attended(self.attended))
+
+    @property
+    def arms(self) -> Mapping[str, Sequence[Link]]:
+        return {"query": self.query, "key": self.key, "value": self.value}
+
+    def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The queries'."""
+        query, key, value = shapes["query"], shapes["key"], shapes["value"]
+        listed = f"queries {query}, keys {key}, values {value}"
+        if min(map(len, (query, key, value))) < 2 or key != value:
+            raise ValueError(
+                "its keys and values must have one shape, (positions, features): "
+                + listed
+            )
+        if query[:-2] != key[:-2] or query[-1] % key[-1]:
+            raise ValueError(
+                "its queries must have the features of its keys or a multiple, and may "
+                "differ in the last axis of positions alone: " + listed
+            )
+        if self.causal and query[-2] != key[-2]:
+            raise ValueError(
+                f"causal attention needs as many keys as queries: {listed}"
+            )
+        if key[-2] == 1:
+            raise ValueError(
+                f"attends to one position, which is no choice, so that queries and "
+                f"keys have no gradient: {listed}"
+            )
+        return query
+
+    def moments_after(self, here: Site) -> Moments:
+        value = here.arm_moments[2]
+        kept = self._gain(here, "kept")
+        return Moments(value.variance * kept, value.spread, value.offset)
+
+    def m_arm(self, here: Site, arm: int) -> Positive:
+        query, key, value = here.arm_moments
+        uses = here.size_out / math.prod(here.arm_shapes[arm])
+        if arm == 2:
+            return self._gain(here, "kept") * uses
+        of = (key.variance, query.q)[arm]
+        return self._gain(here, "chosen") * of * value.variance * uses
+
+    def centres(self, centred: bool) -> bool:
+        del centred
+        return False
+
+    def _gain(self, here: Site, name: str) -> Positive:
+        """What is kept of the values, and what queries and keys choose from."""
+        return here.once(name, lambda: measured(self._gains(here)[name]))
+
+    def _gains(self, here: Site) -> dict[str, jax.Array]:
+        query, key, _ = here.arm_moments
+        (t,) = magnitudes([query.q * key.variance], jnp.dtype(jnp.float32))
+        features = min(here.fan_in, here.fan_out)
+        positions = here.arm_shapes[1][-2]
+        return _means(t, features, *_lengths(positions, self.causal, self.attended))
+
+
+@jax.jit  # traced once for every number of positions, not for every layer
+def _means(
+    t: jax.Array,
+    features: jax.typing.ArrayLike,
+    weights: jax.typing.ArrayLike,
+    places: jax.typing.ArrayLike,
+    masses: jax.typing.ArrayLike,
+) -> dict[str, jax.Array]:
+    """Means over queries, whose logits have variance `t`."""
+    arrays = (weights, places, masses)
+    weights, places, masses = (jnp.asarray(array, t.dtype) for array in arrays)
+    sizes = masses * jnp.exp(jnp.sqrt(t) * places)
+    shares = sizes / sizes.sum(axis=1, keepdims=True) / masses.clip(1)
+    squares = (masses * shares**2).sum(axis=1)
+    cubes = (masses * shares**3).sum(axis=1)
+    others = 1 - squares
+    kept = squares + others * t / features
+    spread = jnp.maximum(squares * (1 + squares) - 2 * cubes, 0)  # but for rounding
+    chosen = spread + others**2 / features
+    return {"kept": kept @ weights, "chosen": chosen @ weights}
+
+
+@functools.cache
+def _lengths(
+    positions: int, causal: bool, attended: float | None
+) -> tuple[np.ndarray, ...]:
+    """What queries see, a row for each number of positions, and the weights of rows.
+
+    The columns are logits of unit variance, a Gaussian sample in order, and how many
+    positions have each. The largest is 0 here: a softmax does not depend on it. There
+    are few columns, but one for each of the largest logits.
+    """
+    starts, counts = _groups(positions) if causal else ([positions], [1])
+    pairs = zip(starts, counts, strict=True)
+    lengths = [start + (number - 1) // 2 for start, number in pairs]
+    weights = np.asarray(counts) / sum(counts)
+    places, masses = np.zeros((2, len(lengths), len(_groups(positions)[0])))
+    for row, length in enumerate(lengths):
+        if attended is not None:
+            masses[row, 0] = min(length, attended)
+            continue
+        ranks, sizes = _groups(length)
+        for column, (rank, size) in enumerate(zip(ranks, sizes, strict=True)):
+            share = 1.0 - (rank + (size - 1) / 2 - 0.5) / length
+            places[row, column] = statistics.NormalDist().inv_cdf(share)
+            masses[row, column] = size
+        places[row] -= places[row, 0]
+    return weights, places, masses
+
+
+def _groups(most: int) -> tuple[list[int], list[int]]:
+    """1 to `most` in groups that grow with the number: their starts and sizes."""
+    edges = np.unique(np.rint(np.geomspace(1, most + 1, 40)).astype(int))
+    return edges[:-1].tolist(), np.diff(edges).tolist()
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Attention(Link):
+    """Attention with its four kernels, `MultiHeadDotProductAttention` of Flax.
+
+    Consists of a `DenseGeneral` for each of `query`, `key`, `value` and `out` below the
+    path, and of the `DotProductAttention` between them, whose rule and assumptions it
+    has. Each kernel has a scale of its own.
+
+    Args:
+      path: where `query`, `key`, `value` and `out` lie in the parameters.
+      causal: whether a position attends only to itself and to those before it.
+      attended: the effective number of positions that a query attends to; None leaves
+        it to the size of the logits. See `DotProductAttention`.
+      memory: for cross attention, the shape of the other input, (positions, features),
+        that keys and values are made of; its second moment counts as 1.
+
+    Raises:
+      ValueError: where `path` is not names joined by single slashes, `attended` is not
+        a number above 1, `memory` is no shape, or (at `init`) a kernel does not fit.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> spec.Residual(
+      ...     [
+      ...         spec.LayerNorm("LayerNorm_0"),
+      ...         spec.Attention("MultiHeadDotProductAttention_0", causal=True),
+      ...     ]
+      ... ).branch[1]
+      spec.Attention('MultiHeadDotProductAttention_0', causal=True)
+    """
+
+    path: str
+    causal: bool = dataclasses.field(default=False, kw_only=True)
+    attended: float | None = dataclasses.field(default=None, kw_only=True)
+    memory: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
+
+    adds_arms = True
+
+    def validate(self) -> None:
+        check_path(self.path)
+        self._canonical(attended=_checked_attended(self.attended))
+        if self.memory is not None:
+            self._canonical(memory=checked_shape("memory", self.memory))
+
+    @property
+    def arms(self) -> Mapping[str, Sequence[Link]]:
+        def dense(name: str) -> Link:
+            return DenseGeneral(f"{self.path}/{name}" if self.path else name)
+
+        other = [] if self.memory is None else [Input(self.memory)]
+        joined = DotProductAttention(
+            [dense("query")],
+            [*other, dense("key")],
+            [*other, dense("value")],
+            causal=self.causal,
+            attended=self.attended,
+        )
+        return {"attention": (joined, dense("out"))}
+
+    def moments_after(self, here: Site) -> Moments:
+        return here.arm_moments[0]
+
+
+def _checked_attended(attended: float | None) -> float | None:
+    if attended is None:
+        return None
+    wanted = "a number above 1, or None"
+    check_number("attended", attended, wanted, lambda n: 1.0 < n < math.inf)
+    return float(attended)
