@@ -50,7 +50,7 @@ from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive
 from backmatch_optax.spec.link import Site
 
-_MOST_POWERS = 4  # of a running product, before it becomes one number
+_MOST_POWERS = 16  # of a running product, before it becomes one number
 
 
 def forward(sites: Sequence[Site], moments: Moments) -> Moments:

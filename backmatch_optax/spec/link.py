@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import reprlib
@@ -104,7 +105,10 @@ class Site:
         BatchNorm's scale or bias this is its mean square.
         """
         leaf, floor = self.params[role], self.norm_floor
-        return self.once(role, lambda: measured(_mean_over_last(leaf), floor=floor))
+        count = leaf.shape[-1] if leaf.ndim else 1
+        return self.once(
+            role, lambda: measured(_sum_of_squares(leaf), count=count, floor=floor)
+        )
 
     def once(self, name: str, compute: Callable[[], Positive]) -> Positive:
         """A measured number of this site: the same atom every time, so that it cancels.
@@ -118,12 +122,11 @@ class Site:
         return self._known[name]
 
 
-@jax.jit  # traced once for every shape, not for every layer
-def _mean_over_last(leaf: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, inline=True)  # traced once for every shape
+def _sum_of_squares(leaf: jax.Array) -> jax.Array:
     # At least float32: squares overflow float16 from 256 on. One plain reduction over
     # all axes: a reshape would gather, or refuse, a sharded kernel.
-    features = leaf.shape[-1] if leaf.ndim else 1
-    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) / features
+    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype))))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
