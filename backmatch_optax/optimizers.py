@@ -204,7 +204,7 @@ def scale_steps_by_backmatch(
       \sqrt{\frac{\mathrm{size_{out}}}{\mathrm{size}(W) \, m \, m_W}} ,
 
     and the learning rate is what a step of one array of parameters changes a coordinate
-    of the output by. That is why it carries over from a narrow network to a wide one.
+    of the output by. It carries over from a narrow network to a wide one.
     Change this::
 
       tx = optax.adamw(1e-3, weight_decay=1e-2)

@@ -454,14 +454,15 @@ def draw(results: Sequence[Result], path: Path) -> None:
         # A rule that fails would leave no room for the rest.
         low, high = axis.get_xlim()
         axis.set_xlim(max(low, -_SHOWN), min(high, _SHOWN))
-    left.set_title("SGD with a multiplier, over SGD")
-    right.set_title("others with one, over themselves")
+        axis.locator_params(axis="x", nbins=5)
+    left.set_title("over SGD")
+    right.set_title("over Adam, Lion and Muon")
     for optimizer in OPTIMIZERS[1:]:
         right.plot([], [], "o", color=_COLOURS[optimizer], label=optimizer)
     for axis, colour in ((left, "C0"), (right, "black")):
         axis.plot([], [], "o", color=colour, label="kept aside, 95 %")
         axis.plot([], [], "o", mfc="none", mec=colour, label="to choose by")
-        axis.legend(loc="lower left", fontsize="small")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, -0.2), ncols=3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

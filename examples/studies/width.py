@@ -1,4 +1,4 @@
-"""Does the learning rate of Adam, Lion and Muon carry over to other widths and depths?
+"""Does the learning rate of Adam and Lion carry over to other widths and depths?
 
 Multilayer perceptrons on 8x8 CIFAR-10 are trained for some hundred steps, each
 optimizer alone and followed by `scale_steps_by_backmatch`. Rates are powers of 2, over
@@ -39,9 +39,9 @@ NETWORKS = {  # hidden layers and their width
     "4 layers, width 64": (3, 64),
     "8 layers, width 64": (7, 64),
 }
-OPTIMIZERS = ("adam", "lion", "muon")
+OPTIMIZERS = ("adam", "lion")
 # Where the search for the best rate begins, as a power of 2.
-_FIRST = {"adam": -8, "lion": -11, "muon": -5}
+_FIRST = {"adam": -8, "lion": -11}
 _FIRST_STEPS = -6
 _BATCH = 64
 
