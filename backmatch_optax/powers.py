@@ -17,17 +17,21 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_inlined = functools.partial(jax.jit, inline=True)  # traced once, and no call in XLA
-_once = lax.optimization_barrier  # what has several uses is not computed for each
-_ROW = 32  # scalars that are gathered by one kernel
+# What is computed layer by layer is a call of one of a few jitted functions, and ends
+# in a barrier. JAX traces each once. XLA compiles kernels that are equal once, and
+# without a barrier it would compute a number anew in every kernel that depends on it.
+_once = lax.optimization_barrier
+_ROW = 32  # arrays that are gathered by one kernel
 
 
 class Atom:
@@ -36,49 +40,40 @@ class Atom:
     An exact zero (a zero-initialised kernel) is an infinitesimal of order 1 with
     coefficient 1. Products and quotients of zeros then stay finite, and a sum ignores
     the terms of higher order, as it should. Where a number is divided by, `floored`
-    stands for its log: a norm counts as no less than its floor.
+    stands for it: a norm counts as no less than its floor.
 
-    Nothing is traced before it is asked for. What cancels costs nothing.
+    Of a norm nothing is traced before it is asked for. What cancels costs nothing.
     """
 
     def __init__(
         self,
-        log_and_order: Callable[[], tuple[jax.Array, jax.Array]],
+        pair: jax.Array | None = None,
         *,
         value: jax.Array | None = None,
         count: int = 1,
         floor: jax.typing.ArrayLike | None = None,
-        floored: Callable[[], jax.Array] | None = None,
+        floored: jax.Array | None = None,
     ):
-        self._log_and_order = log_and_order
+        self._pair = pair
         self._floored = floored
         self.value = value  # what was measured; None for what is made of other atoms
         self.count = count  # what the value is yet to be divided by
         self.floor = floor  # the least that a norm counts as; None for what is no norm
 
     @functools.cached_property
-    def log_and_order(self) -> tuple[jax.Array, jax.Array]:
-        """Both as scalars."""
-        return self._log_and_order()
-
-    @property
-    def log(self) -> jax.Array:
-        """The log of its size."""
-        return self.log_and_order[0]
-
-    @property
-    def order(self) -> jax.Array:
-        """0 or, of an exact zero, 1; of products the sum."""
-        return self.log_and_order[1]
+    def pair(self) -> jax.Array:
+        """Log and order: 0 or, of an exact zero, 1; of products the sum."""
+        if self._pair is not None:
+            return self._pair
+        assert self.value is not None
+        return _measured_pair(self.value, 1.0 / self.count)
 
     @functools.cached_property
     def floored(self) -> jax.Array:
-        """The log where it is divided by."""
+        """The same where it is divided by."""
         if self._floored is not None:
-            return self._floored()
-        if self.floor is None:
-            return self.log
-        return _raised(*self.log_and_order, self.floor)
+            return self._floored
+        return self.pair if self.floor is None else _raised_pair(self.pair, self.floor)
 
     @property
     def has_floor(self) -> bool:
@@ -139,14 +134,9 @@ class Positive:
         left, right = self / shared, other / shared
         if not left.powers and not right.powers:
             return shared * (1.0 + math.exp(right.log_constant))
-        left_log, left_order = _log_order(left)
-        right_log, right_order = _log_order(right)
-        dtype = jnp.promote_types(left_log.dtype, right_log.dtype)
-        terms = (left_log, left_order, right_log, right_order)
-        log_and_order = _log_of_sum(*(term.astype(dtype) for term in terms))
         floors = [atom.floor for atom in (*left.powers, *right.powers)]
         floor = None if None in floors else floors[0]  # a sum of norms is one
-        return shared * _computed(*log_and_order, floor=floor)
+        return shared * _made(_sum(_product(left), _product(right)), floor=floor)
 
     def collapsed(self, most: int) -> Positive:
         """The number with its powers made one atom where they are more than `most`.
@@ -156,22 +146,10 @@ class Positive:
         """
         if len(self.powers) <= most:
             return self
-        product = Positive(0.0, self.powers)
         floored = None
         if any(atom.has_floor for atom in self.powers):
-            floored = jnp.asarray(product.log(floored_where=1))
-        log, order = _log_order(product)
-        return Positive(self.log_constant) * _computed(log, order, floored=floored)
-
-    def log(self, floored_where: int = 0) -> jax.Array | float:
-        """Its log; norms with powers of that sign count as no less than their floor."""
-        return sum(
-            (
-                power * (atom.floored if power * floored_where > 0 else atom.log)
-                for atom, power in self.powers.items()
-            ),
-            self.log_constant,
-        )
+            floored = _one(_product(self, floored_where=1))
+        return _made(_one(_product(self)), floored=floored)
 
 
 def number(value: float) -> Positive:
@@ -195,30 +173,17 @@ def measured(
       count: what it is divided by.
       floor: the least that it counts as where it is divided by; None for none.
     """
-
-    def log_and_order() -> tuple[jax.Array, jax.Array]:
-        limits = jnp.finfo(value.dtype)
-        return _log_and_order(value, 1.0 / count, limits.tiny, limits.max)
-
-    value = _once(value)
-    atom = Atom(log_and_order, value=value, count=count, floor=floor)
-    return Positive(0.0, {atom: 1})
+    return Positive(0.0, {Atom(value=_once(value), count=count, floor=floor): 1})
 
 
-def _computed(
-    log: jax.Array,
-    order: jax.Array,
+def _made(
+    pair: jax.Array,
     *,
     floor: jax.typing.ArrayLike | None = None,
     floored: jax.Array | None = None,
 ) -> Positive:
     """What other numbers make, as an atom of its own."""
-    log, order = _once((log, order))  # not by each of the many numbers that use them
-    later = None
-    if floored is not None:
-        floored = _once(floored)
-        later = functools.partial(lambda known: known, floored)
-    return Positive(0.0, {Atom(lambda: (log, order), floor=floor, floored=later): 1})
+    return Positive(0.0, {Atom(pair, floor=floor, floored=floored): 1})
 
 
 def share(
@@ -233,77 +198,128 @@ def share(
     """
     if not part.powers:
         return Positive(-math.log1p(rest * math.exp(-part.log_constant)))
-
-    log = _log_share(jnp.asarray(part.log()), math.log(rest))
-    return _computed(log, jnp.zeros_like(log), floor=floor)
+    return _made(_share(_product(part), math.log(rest)), floor=floor)
 
 
-@_inlined
-def _log_share(log: jax.Array, log_rest: jax.typing.ArrayLike) -> jax.Array:
-    excess = log_rest - log  # minus softplus of it
-    return -lax.max(excess, lax.full_like(log, 0)) - lax.log1p(
-        lax.exp(-lax.abs(excess))
+def magnitudes(values: Sequence[Positive]) -> list[jax.Array]:
+    """The numbers as float32 scalars, where an infinitesimal is zero."""
+    return [_magnitude(_product(value)) for value in values]
+
+
+def applied(
+    function: Callable[..., Sequence[jax.Array]], values: Sequence[Positive | None]
+) -> list[Positive]:
+    """What a function makes of numbers, each result an atom.
+
+    Args:
+      function: of their `magnitudes`; the same object every time, so that it is traced
+        once.
+      values: the numbers; None is zero.
+    """
+    products = [None if value is None else _product(value) for value in values]
+    return [_made(pair) for pair in _applied(function, products)]
+
+
+class _Product(NamedTuple):
+    """A number as the jitted functions below take it."""
+
+    log_constant: jax.typing.ArrayLike
+    powers: Sequence[jax.typing.ArrayLike]
+    pairs: Sequence[jax.Array]
+
+
+def _product(value: Positive, floored_where: int = 0) -> _Product:
+    """Norms with powers of the sign given count as no less than their floor."""
+    pairs = [
+        atom.floored if power * floored_where > 0 else atom.pair
+        for atom, power in value.powers.items()
+    ]
+    return _Product(value.log_constant, [*value.powers.values()], pairs)
+
+
+def _log_and_order(of: _Product) -> tuple[jax.Array, jax.Array]:
+    zeros = jnp.zeros(2, jnp.result_type(jnp.float32, *of.pairs))
+    log, order = sum(map(operator.mul, of.powers, of.pairs), zeros)
+    return log + of.log_constant, order
+
+
+@jax.jit
+def _one(product: _Product) -> jax.Array:
+    return _once(jnp.stack(_log_and_order(product)))
+
+
+@jax.jit
+def _sum(left: _Product, right: _Product) -> jax.Array:
+    """A sum, in which the term of higher order plays no part."""
+    (left_log, left_order), (right_log, right_order) = map(
+        _log_and_order, (left, right)
     )
+    log = jnp.logaddexp(left_log, right_log)
+    log = jnp.where(right_order < left_order, right_log, log)
+    log = jnp.where(left_order < right_order, left_log, log)
+    hidden = jnp.isnan(left_log) | jnp.isnan(right_log)  # it must not be
+    log = jnp.where(hidden, jnp.nan, log)
+    return _once(jnp.stack([log, jnp.minimum(left_order, right_order)]))
 
 
-@_inlined
-def _log_and_order(
-    value: jax.Array,
-    factor: jax.typing.ArrayLike,
-    tiny: jax.typing.ArrayLike,
-    largest: jax.typing.ArrayLike,
+@jax.jit
+def _share(part: _Product, log_rest: jax.typing.ArrayLike) -> jax.Array:
+    log = -jax.nn.softplus(log_rest - _log_and_order(part)[0])
+    return _once(jnp.stack([log, jnp.zeros_like(log)]))
+
+
+@jax.jit
+def _magnitude(product: _Product) -> jax.Array:
+    log, order = _log_and_order(product)
+    return _once(jnp.where(order > 0, 0, finite_exp(log.astype(jnp.float32))))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _applied(
+    function: Callable[..., Sequence[jax.Array]], products: Sequence[_Product | None]
+) -> list[jax.Array]:
+    results = function(
+        *(jnp.float32(0) if p is None else _magnitude(p) for p in products)
+    )
+    return [_measured_pair(result, 1.0) for result in _once(results)]
+
+
+@jax.jit
+def _measured_pair(value: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
+    limits = jnp.finfo(value.dtype)
+    return _once(jnp.stack(_measured(value * factor, limits.tiny, limits.max)))
+
+
+@jax.jit
+def _raised_pair(pair: jax.Array, floor: jax.typing.ArrayLike) -> jax.Array:
+    return _once(jnp.stack([_raised(pair[0], pair[1], floor), pair[1]]))
+
+
+def _measured(
+    value: jax.Array, tiny: jax.typing.ArrayLike, largest: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Elementwise, so that it serves a scalar and a vector of them."""
-    value = value * factor
+    """Logs and orders, elementwise."""
     # Subnormals too: XLA may flush them to zero in `log`.
-    is_zero = lax.abs(value) < tiny
-    finite = lax.select(is_zero, lax.full_like(value, 1), value)
-    finite = lax.min(finite, lax.full_like(value, 0) + largest)
-    return lax.log(finite), is_zero.astype(value.dtype)
+    is_zero = jnp.abs(value) < tiny
+    finite = jnp.minimum(jnp.where(is_zero, 1, value), largest)
+    return jnp.log(finite), is_zero.astype(value.dtype)
 
 
-@_inlined
 def _raised(log: jax.Array, order: jax.Array, floor: jax.typing.ArrayLike) -> jax.Array:
-    """The log of what counts as no less than the floor; elementwise too."""
-    floor = jnp.broadcast_to(jnp.asarray(floor, log.dtype), log.shape)
+    """The logs of what counts as no less than the floor, elementwise."""
+    floor = jnp.asarray(floor, log.dtype)
     # No log of 0, so that the derivative with respect to the floor is finite there.
-    one = lax.full_like(floor, 1)
-    lowest = lax.log(lax.select(floor == 0, one, floor))
-    raised = lax.select(floor == 0, log, lax.max(log, lowest))
-    return lax.select(order > 0, lowest, raised)
+    lowest = jnp.log(jnp.where(floor == 0, 1, floor))
+    raised = jnp.where(floor == 0, log, jnp.maximum(log, lowest))
+    return jnp.where(order > 0, lowest, raised)
 
 
-@_inlined
-def _log_of_sum(
-    left: jax.Array, left_order: jax.Array, right: jax.Array, right_order: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Log and order of a sum, in which the term of higher order plays no part."""
-    total = lax.max(left, right) + lax.log1p(lax.exp(-lax.abs(left - right)))
-    total = lax.select(right_order < left_order, right, total)
-    total = lax.select(left_order < right_order, left, total)
-    hidden = (left != left) | (right != right)  # a NaN must not be
-    total = lax.select(hidden, lax.full_like(total, jnp.nan), total)
-    return total, lax.min(left_order, right_order)
-
-
-def _log_order(value: Positive) -> tuple[jax.Array, jax.Array]:
-    order = sum((p * atom.order for atom, p in value.powers.items()), 0.0)
-    return jnp.asarray(value.log()), jnp.asarray(order)
-
-
-def evaluate(
-    values: Sequence[Positive], dtype: jnp.dtype, *, floored: bool = False
-) -> jax.Array:
+def evaluate(values: Sequence[Positive], dtype: jnp.dtype) -> jax.Array:
     """The numbers as a vector of `dtype`, finite and within its normal range.
 
     Of an infinitesimal or its reciprocal the coefficient is returned (see `Atom`).
-
-    Args:
-      values: the numbers.
-      dtype: float32 or float64.
-      floored: whether norms that are divided by count as no less than their floor.
     """
-    return finite_exp(log_vector(values, dtype, floored=floored))
+    return finite_exp(log_vector(values, dtype))
 
 
 def log_vector(
@@ -314,48 +330,46 @@ def log_vector(
     All at once: a few operations on vectors, whatever the depth. XLA would compile as
     many scalars one by one.
     """
-    raised = [
-        [floored and power < 0 and atom.has_floor for atom, power in v.powers.items()]
-        for v in values
-    ]
-    columns: dict[tuple[Atom, bool], int] = {}
-    for value, flags in zip(values, raised, strict=True):
-        columns.update(dict.fromkeys(zip(value.powers, flags, strict=True), 0))
-    # Sorted by how they are computed: norms, norms raised to their floor, and others.
-    plain = [atom for atom, flag in columns if atom.value is not None and not flag]
-    lifted = [
-        atom
-        for atom, flag in columns
-        if atom.value is not None and flag and atom.floor is not None
-    ]
-    norms = [(atom, False) for atom in plain] + [(atom, True) for atom in lifted]
-    others = [column for column in columns if column[0].value is None]
-    columns = {column: place for place, column in enumerate([*norms, *others])}
-    parts = []
-    if plain:
-        parts.append(_log_norms(plain, dtype)[0])
-    if lifted:
-        floors = [jnp.asarray(atom.floor, dtype) for atom in lifted]
-        same = all(atom.floor is lifted[0].floor for atom in lifted)
-        floor = floors[0] if same else jnp.stack(floors)
-        parts.append(_raised(*_log_norms(lifted, dtype), floor))
-    if others:
-        logs = [atom.floored if flag else atom.log for atom, flag in others]
-        parts.append(stacked([log.astype(dtype) for log in logs]))
-    constants = jnp.asarray(np.array([v.log_constant for v in values]), dtype)
-    if not parts:
-        return constants
-    # What a number has fewer powers than others, it takes of a zero at the end.
-    most = max(len(value.powers) for value in values)
-    places = np.full((len(values), most), len(columns))
-    powers = np.zeros((len(values), most))
-    for row, (value, flags) in enumerate(zip(values, raised, strict=True)):
+    # Columns: norms, norms raised to their floor, and what other numbers have made.
+    groups: tuple[dict[Atom, int], ...] = ({}, {}, {}, {})
+
+    def group(atom: Atom, power: float) -> int:
+        """0 and 1 for norms, 2 and 3 for others; odd where the floor counts."""
+        return 2 * (atom.value is None) + (floored and power < 0 and atom.has_floor)
+
+    for value in values:
+        for atom, power in value.powers.items():
+            groups[group(atom, power)].setdefault(atom, 0)
+    norms, raised, made, made_raised = groups
+    parts = [jnp.zeros(1, dtype)]  # for numbers with fewer powers than others
+    if norms:
+        parts.append(_log_norms([*norms], dtype)[0])
+    if raised:
+        parts.append(_raised(*_log_norms([*raised], dtype), _floors([*raised], dtype)))
+    if made or made_raised:
+        pairs = [atom.pair for atom in made] + [atom.floored for atom in made_raised]
+        parts.append(stacked([pair.astype(dtype) for pair in pairs])[:, 0])
+    place = 0
+    for atoms in groups:
+        for atom in atoms:
+            atoms[atom] = place = place + 1
+    most = max((len(value.powers) for value in values), default=0)
+    places, powers = np.zeros((2, len(values), most))
+    for row, value in enumerate(values):
         for column, (atom, power) in enumerate(value.powers.items()):
-            places[row, column] = columns[atom, flags[column]]
+            places[row, column] = groups[group(atom, power)][atom]
             powers[row, column] = power
-    table = jnp.concatenate([*parts, jnp.zeros(1, dtype)])
-    logs = table.at[places].get(mode="promise_in_bounds")
+    table = jnp.concatenate(parts)
+    logs = table.at[places.astype(np.int32)].get(mode="promise_in_bounds")
+    constants = jnp.asarray(np.array([v.log_constant for v in values]), dtype)
     return constants + jnp.sum(jnp.asarray(powers, dtype) * logs, axis=1)
+
+
+def _floors(atoms: Sequence[Atom], dtype: jnp.dtype) -> jax.Array:
+    first = atoms[0].floor
+    if all(atom.floor is first for atom in atoms):
+        return jnp.asarray(first, dtype)
+    return jnp.stack([jnp.asarray(atom.floor, dtype) for atom in atoms])
 
 
 def _log_norms(atoms: Sequence[Atom], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -371,7 +385,7 @@ def _log_norms(atoms: Sequence[Atom], dtype: jnp.dtype) -> tuple[jax.Array, jax.
         )
     )
     vector = stacked([value.astype(dtype) for value in values])
-    return _log_and_order(vector, factors, tiny, largest)
+    return _measured(vector * factors, tiny, largest)
 
 
 def finite_exp(log: jax.Array) -> jax.Array:
@@ -382,50 +396,36 @@ def finite_exp(log: jax.Array) -> jax.Array:
     return jnp.exp(jnp.clip(log, lowest + 0.5, highest - 0.5))
 
 
-def stacked(scalars: Sequence[jax.Array]) -> jax.Array:
-    """Scalars as a vector, of which every entry is computed once.
+def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays of one shape, scalars too, side by side on a new first axis.
 
     In rows, each gathered by the same small kernel: one with a thousand operands takes
-    long to compile. The barriers keep XLA from fusing each scalar into every consumer
-    of the vector, which makes compilation quadratic in depth.
+    long to compile. The barriers keep XLA from fusing each array into every consumer
+    of the whole, which makes compilation quadratic in depth.
     """
-    count = len(scalars)
-    padded = [*scalars, *[scalars[-1]] * (-count % min(_ROW, count))]
+    count = len(arrays)
     width = min(_ROW, count)
+    padded = [*arrays, *[arrays[-1]] * (-count % width)]
     rows = [_row(*padded[i : i + width]) for i in range(0, len(padded), width)]
-    return _once(lax.reshape(lax.concatenate(rows, 0), (len(padded),))[:count])
+    return _once(lax.concatenate(rows, 0)[:count])
 
 
-@_inlined
-def _row(*scalars: jax.Array) -> jax.Array:
-    return _once(lax.concatenate([lax.reshape(x, (1, 1)) for x in scalars], 1))
+@jax.jit
+def _row(*arrays: jax.Array) -> jax.Array:
+    return _once(jnp.stack(arrays))
 
 
 def separate(vector: jax.Array) -> list[jax.Array]:
     """The entries of a vector as scalars, which all XLA kernels take alike.
 
     A slice at a static place is a kernel of its own for every place, compiled one by
-    one, and so is whatever XLA fuses it into. Here the place is an operand.
+    one, and so is whatever XLA fuses it into. Here the place is an operand, and its
+    value lies behind a barrier.
     """
-    return [_entry(vector, place) for place in _opaque_places(vector.shape[0])]
+    places = _once([np.int32(place) for place in range(vector.shape[0])])
+    return [_entry(vector, place) for place in places]
 
 
-@_inlined
+@jax.jit
 def _entry(vector: jax.Array, place: jax.Array) -> jax.Array:
-    entry = lax.dynamic_slice(vector, (place,), (1,), allow_negative_indices=False)
-    return _once(lax.reshape(entry, ()))
-
-
-def _opaque_places(count: int) -> Sequence[jax.Array]:
-    """The numbers from 0 as scalars whose values XLA does not see."""
-    return _once([np.int32(place) for place in range(count)])
-
-
-def magnitudes(values: Sequence[Positive], dtype: jnp.dtype) -> list[jax.Array]:
-    """The numbers as scalars of `dtype`, where an infinitesimal is zero."""
-    found = []
-    for value in values:
-        log, order = _log_order(value)
-        coefficient = finite_exp(log.astype(dtype))
-        found.append(lax.select(order > 0, jnp.zeros_like(coefficient), coefficient))
-    return found
+    return _once(lax.dynamic_index_in_dim(vector, place, keepdims=False))

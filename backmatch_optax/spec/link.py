@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import numbers
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from backmatch_optax.numerics import wide
 from backmatch_optax.powers import Positive, measured, number
 
 Shape = tuple[int, ...]
+_Known = TypeVar("_Known")
 
 # Of values of shape (units, values of a unit), which it changes one by one.
 Elementwise = Callable[[jax.Array], jax.Array]
@@ -50,7 +50,7 @@ class Site:
     n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
     # All uses, of parameters that are used more than once.
     uses: list[Site] = dataclasses.field(default_factory=list)
-    _known: dict[str, Positive] = dataclasses.field(default_factory=dict)
+    _known: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def q(self) -> Positive:
@@ -110,19 +110,19 @@ class Site:
             role, lambda: measured(_sum_of_squares(leaf), count=count, floor=floor)
         )
 
-    def once(self, name: str, compute: Callable[[], Positive]) -> Positive:
-        """A measured number of this site: the same atom every time, so that it cancels.
+    def once(self, name: str, compute: Callable[[], _Known]) -> _Known:
+        """Measured numbers of this site, the same atoms every time: they can cancel.
 
         Args:
-          name: what the number is called, other than the site's parameters.
-          compute: makes the number, at the first call.
+          name: what they are called, other than the site's parameters.
+          compute: makes them, at the first call.
         """
         if name not in self._known:
             self._known[name] = compute()
         return self._known[name]
 
 
-@functools.partial(jax.jit, inline=True)  # traced once for every shape
+@jax.jit  # traced once for every shape
 def _sum_of_squares(leaf: jax.Array) -> jax.Array:
     # At least float32: squares overflow float16 from 256 on. One plain reduction over
     # all axes: a reshape would gather, or refuse, a sharded kernel.
