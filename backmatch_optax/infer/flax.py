@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import math
 import types
 import zlib
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_leaves_with_path
+from jax.tree_util import tree_leaves_with_path
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import blocks as _blocks
@@ -58,15 +57,25 @@ def infer_spec(
     `"SAME"` for a padding of 1 around a 3x3 kernel of stride 1. Of a residual's two
     arms the one with more links is the branch, the first where they have as many.
 
+    Attention is a softmax between two matrix products. Its mask says whether it is
+    causal, or how many positions are met; a mask of padding counts as full. A parameter
+    that is used twice is `Tied` at its second use. Several outputs end in `Outputs`, of
+    weight 1 each; `method` chooses one. The first input is the chain's own, others are
+    `Input`s. A `Reshape` or `Transpose` stands only where a later link needs it.
+
+    Rules that are approximate stay so: scales below a mean over positions, or above a
+    class token, may be off by more than a factor of 2, as `compare_scales` shows.
+
     Where no link describes something, the error names `blocks=` that were tried and do.
-    A model may also add `h` and `relu(h)`: two signals that correlate. `Residual` takes
-    its arms as unrelated, so such a sum is refused unless a kernel is in between.
+    A model may also add `h` and `relu(h)`, or multiply them: two signals that
+    correlate. `Residual` and `Gate` take their arms as unrelated, so these are refused
+    unless a kernel is in between.
 
     Args:
       model: a `flax.linen.Module`, not bound, or a `flax.nnx.Module`, concrete or made
         by `nnx.eval_shape`.
       inputs: what the model is called with, batch dimension included: arrays or
-        `jax.ShapeDtypeStruct`s. One of them is the input of the chain.
+        `jax.ShapeDtypeStruct`s.
       method: the method to call instead of `__call__`, or a function of the model and
         the inputs, such as `lambda model, x: model(x)[0]` to choose one of several
         outputs.
@@ -89,10 +98,10 @@ def infer_spec(
 
     Raises:
       ValueError: where something between input and output is described by no link
-        (attention, recurrence, gating, concatenation, an embedding, a derivative of the
-        user's own, a parameter used twice or transformed before use), or there are
-        several outputs. The message names the module, the operation, its line of code,
-        and what to pass instead.
+        (recurrence, a scan, experts, a derivative of the user's own, a parameter that
+        is transformed before use), or signals meet in a way that arms side by side
+        cannot. The message names the module, the operation, its line of code, and what
+        to pass instead.
       ImportError: where Flax is not installed.
 
     Examples:
@@ -144,13 +153,11 @@ def infer_spec(
 
     def trace(arrays: Mapping[int, Any]) -> Any:
         function, variables, initial = tracer(arguments, arrays)
-        make = jax.make_jaxpr(
-            function, axis_env=[(name, 1) for name in axis_names], return_shape=True
-        )
-        return *make(variables, arrays), variables, initial
+        make = jax.make_jaxpr(function, axis_env=[(name, 1) for name in axis_names])
+        return make(variables, arrays), variables, initial
 
     try:
-        closed, shapes, variables, initial = trace(arrays)
+        closed, variables, initial = trace(arrays)
     except Exception as error:
         if isinstance(error, NameError) and "axis name" in str(error):
             raise ValueError(
@@ -161,19 +168,8 @@ def infer_spec(
         raise
     given = _arguments(variables, arrays)
     params = {path: leaf.shape for path, leaf in _by_path(variables["param"]).items()}
-    places = map(keystr, (path for path, _ in tree_leaves_with_path(shapes)))
-    outputs = {
-        node: place
-        for node, place in zip(graph.read(closed, given), places, strict=True)
-        if node.flows
-    }
-    if len(outputs) != 1:
-        raise ValueError(
-            f"infer_spec: the model has {len(outputs)} outputs that depend on its "
-            "inputs, but a chain has one. "
-            + _choosing(model, method, inputs, kwargs, [*outputs.values()])
-        )
-    (output,) = outputs
+    ends = [node for node in graph.read(closed, given) if node.flows]
+    output = _one_end([*dict.fromkeys(ends)])
     unmeasured: list[Step] = []
 
     def collect(block: _spec.Block, step: Step) -> _spec.Block:
@@ -204,6 +200,20 @@ def infer_spec(
         )
         found, _ = chain(output, params, blocks, measure)
     return found
+
+
+def _one_end(ends: Sequence[Node]) -> Node:
+    """The one output, or what stands for several."""
+    if not ends:
+        raise ValueError(
+            "infer_spec: the model has 0 outputs that depend on its inputs: is it "
+            "computed from them?"
+        )
+    if len(ends) == 1:
+        return ends[0]
+    source = functools.reduce(graph.common_dominator, ends)
+    origins = frozenset({"input"})
+    return Node("outputs", tuple(ends), origins=origins, dominator=source)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -281,36 +291,6 @@ def _lacks_batch(leaf: Any) -> str:
     return (
         f"The input of shape {leaf.shape} seems to lack the batch dimension: pass "
         f"jax.ShapeDtypeStruct({(1, *leaf.shape)}, jnp.{leaf.dtype}). "
-    )
-
-
-def _choosing(
-    model: Any,
-    method: Any,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    choices: Sequence[str],
-) -> str:
-    """How to choose one output, in the words of the model's own signature."""
-    if not choices:
-        return "None is left to choose: is it computed from the inputs?"
-    name = method if isinstance(method, str) else getattr(method, "__name__", "")
-    called = getattr(type(model), name if method else "__call__", None)
-    if called is None or method not in (None, name, called):
-        return (
-            f"Choose one of {', '.join(choices)} at the end of the function that is "
-            "passed as method"
-        )
-    known = [*inspect.signature(called).parameters.values()][1:]
-    names = [p.name for p in known if p.kind is p.POSITIONAL_OR_KEYWORD]
-    names = [name for name in names if name not in kwargs][: len(inputs)]
-    names += [f"x{index}" for index in range(len(names), len(inputs))]
-    call = ", ".join([*names, *(f"{name}={name}" for name in kwargs)])
-    head = ", ".join(["model", *names, *kwargs])
-    return (
-        f"Choose one, as in method=lambda {head}: model{f'.{name}' if name else ''}"
-        f"({call}){choices[0]}, and infer a chain for each of {', '.join(choices)}; or "
-        "measure the scales of all (measure_layer_scales)"
     )
 
 

@@ -42,7 +42,8 @@ class Node:
       result: which of the equation's results it is.
       shape: its shape.
       dtype: its dtype.
-      origins: the kinds of leaves it depends on.
+      origins: the kinds of leaves it depends on; `"data"` in place of `"input"` for a
+        mask, through which no signal flows.
       scope: the name stack it was traced under.
       source: the line of code it comes from.
       path: of a leaf, its path among the parameters or other variables.
@@ -53,6 +54,8 @@ class Node:
       dominator: the last value that all paths from the input to it pass through; None
         where the input does not reach it.
       depth: how many dominators there are above.
+      parts: of a concatenation, what it is of, another concatenation first; empty where
+        these are its operands.
     """
 
     op: str
@@ -71,6 +74,7 @@ class Node:
     uses: frozenset[str] = frozenset()
     dominator: Node | None = None
     depth: int = 0
+    parts: tuple[Node, ...] = ()
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -85,7 +89,8 @@ class Node:
     @property
     def flow(self) -> tuple[Node, ...]:
         """Those of its operands that depend on the input."""
-        return tuple(operand for operand in self.operands if operand.flows)
+        operands = self.parts or self.operands
+        return tuple(operand for operand in operands if operand.flows)
 
     def dominators(self) -> Iterator[Node]:
         """The values that all paths to it pass through, nearest first."""
@@ -108,11 +113,16 @@ def read(closed: Any, arguments: Sequence[Node]) -> list[Node]:
     for argument in arguments:
         if argument.flows:
             argument.dominator, argument.depth = everything, 1
-    return _read(closed.jaxpr, closed.consts, arguments, "", "")
+    return _read(closed.jaxpr, closed.consts, arguments, "", "", {})
 
 
 def _read(
-    jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Node], scope: str, code: str
+    jaxpr: Any,
+    consts: Sequence[Any],
+    arguments: Sequence[Node],
+    scope: str,
+    code: str,
+    joined: dict[Any, Node],
 ) -> list[Node]:
     env = dict(zip(jaxpr.invars, arguments, strict=True))
     env |= {
@@ -133,7 +143,7 @@ def _read(
             body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
             inner = getattr(body, "jaxpr", body)
             consts = getattr(body, "consts", ())
-            results = _read(inner, consts, operands, within, line)
+            results = _read(inner, consts, operands, within, line, joined)
         elif op in _ALIASES or _is_harmless(op, operands, eqn):
             results = operands[: len(eqn.outvars)]
         elif (part := _unstacked(op, operands, eqn.params)) is not None:
@@ -143,8 +153,25 @@ def _read(
                 _node(jaxpr, eqn, index, operands, within, line)
                 for index in range(len(eqn.outvars))
             ]
+        if op == "concatenate":
+            _shorten(results[0], joined)
         env.update(zip(eqn.outvars, results, strict=True))
     return list(map(look_up, jaxpr.outvars))
+
+
+def _shorten(node: Node, joined: dict[Any, Node]) -> None:
+    """Puts an earlier concatenation of its first operands in their place.
+
+    So a list that grows, as in a DenseNet, is what was before and one more.
+    """
+    axis, operands = node.options["dimension"], node.operands
+    for count in range(len(operands) - 1, 1, -1):
+        found = joined.get((axis, operands[:count]))
+        if found is not None:
+            node.parts = (found, *operands[count:])
+            _find_dominator(node)
+            break
+    joined[axis, operands] = node
 
 
 def _is_of_jax(op: str, eqn: Any) -> bool:
@@ -206,13 +233,24 @@ def _node(
     elif op == "iota":
         origins |= {"array"}
     shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
+    flowing = [operand.dtype for operand in operands if operand.flows]
+    if np.dtype(bool) == dtype and not any(
+        jnp.issubdtype(d, jnp.floating) for d in flowing
+    ):
+        # A mask made of tokens. What a comparison of floats chooses stays a part of
+        # the function of these, as in a ReLU.
+        origins = frozenset({"data"}) | origins - {"input"} if flowing else origins
     place = (jaxpr, eqn, result)
     node = Node(op, operands, *place, shape, dtype, origins, scope, source)
     node.uses = frozenset().union(*(o.uses for o in operands if not o.flows))
     if node.flow:
-        dominator = functools.reduce(common_dominator, node.flow)
-        node.dominator, node.depth = dominator, dominator.depth + 1
+        _find_dominator(node)
     return node
+
+
+def _find_dominator(node: Node) -> None:
+    dominator = functools.reduce(common_dominator, node.flow)
+    node.dominator, node.depth = dominator, dominator.depth + 1
 
 
 def common_dominator(a: Node, b: Node) -> Node:
@@ -248,6 +286,16 @@ def above(*nodes: Node, until: Node | None = None) -> Iterator[Node]:
         new = [op for op in dict.fromkeys(found.operands) if op not in seen]
         seen.update(new)
         queue += new
+
+
+def inputs(*nodes: Node) -> list[Node]:
+    """The inputs that a signal flows from to some nodes."""
+    seen, queue = {*nodes}, [*nodes]
+    for found in queue:
+        new = [op for op in dict.fromkeys(found.flow) if op not in seen]
+        seen.update(new)
+        queue += new
+    return [found for found in queue if found.op == "input"]
 
 
 @functools.cache
@@ -361,8 +409,8 @@ MASK = np.arange(SIGNAL.shape[1]) % 3 != 0
 
 # An axis as the factors of original axes that it is made of: (axis, size of all that is
 # inside of the factor, size). Axis -1 stands for values repeated along an axis.
-_Factor = tuple[int, int, int]
-_Axis = tuple[_Factor, ...]
+Factor = tuple[int, int, int]
+Axis = tuple[Factor, ...]
 
 
 class Unmatched(Exception):
@@ -376,8 +424,8 @@ class Unmatched(Exception):
 @dataclasses.dataclass
 class _Sampled:
     values: Any
-    axes: tuple[_Axis, ...]
-    reduced: frozenset[_Factor] = frozenset()
+    axes: tuple[Axis, ...]
+    reduced: frozenset[Factor] = frozenset()
 
 
 @dataclasses.dataclass
@@ -396,7 +444,7 @@ class Piece:
 
     signal: Any
     values: Any = None
-    reduced: frozenset[_Factor] = frozenset()
+    reduced: frozenset[Factor] = frozenset()
     leaves: dict[str, Any] = dataclasses.field(default_factory=dict)
     paths: dict[str, list[str]] = dataclasses.field(
         default_factory=lambda: {"param": [], "state": []}
@@ -500,61 +548,144 @@ def _reduce_sum(node: Node, operands: list[_Sampled]) -> _Sampled:
     return _Sampled(mean * count, axes, reduced)
 
 
-def _broadcast(node: Node, operands: list[_Sampled]) -> _Sampled:
-    x, *_ = operands
-    axes = [_repeated(size) for size in node.shape]
-    sizes = node.operands[0].shape
-    for index, target in enumerate(node.options["broadcast_dimensions"]):
-        if sizes[index] == node.shape[target]:
-            axes[target] = x.axes[index]
-    return dataclasses.replace(x, axes=tuple(axes))
+def moved(node: Node, axes: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Where the axes of its operand are in a transpose, reshape, squeeze or repeat.
+
+    Args:
+      node: a node of one of `MOVES`.
+      axes: those of its operand.
+
+    Returns:
+      Those of the node.
+
+    Raises:
+      Unmatched: where a reshape cuts an axis in a way that is no product.
+    """
+    options, sizes = node.options, node.operands[0].shape
+    if node.op == "broadcast_in_dim":
+        found = [_repeated(size) for size in node.shape]
+        for index, target in enumerate(options["broadcast_dimensions"]):
+            if sizes[index] == node.shape[target]:
+                found[target] = axes[index]
+        return tuple(found)
+    if node.op == "squeeze":
+        gone = {axis % len(sizes) for axis in options["dimensions"]}
+        return tuple(axis for index, axis in enumerate(axes) if index not in gone)
+    if node.op == "transpose":
+        return tuple(axes[axis] for axis in options["permutation"])
+    if node.op == "tile":
+        pairs = zip(axes, options["reps"], strict=True)
+        return tuple((*_repeated(int(count)), *axis) for axis, count in pairs)
+    return reshaped(node, axes, node.shape)
 
 
-def _squeeze(node: Node, operands: list[_Sampled]) -> _Sampled:
-    (x,) = operands
-    gone = node.options["dimensions"]
-    axes = tuple(axis for index, axis in enumerate(x.axes) if index not in gone)
-    return dataclasses.replace(x, axes=axes)
-
-
-def _transpose(node: Node, operands: list[_Sampled]) -> _Sampled:
-    (x,) = operands
-    order = node.options["permutation"]
-    return dataclasses.replace(x, axes=tuple(x.axes[axis] for axis in order))
-
-
-def _reshape(node: Node, operands: list[_Sampled]) -> _Sampled:
-    x, *_ = operands
-    queue = [factor for axis in x.axes for factor in axis]
-    axes = []
-    for size in node.shape:
-        axis: list[_Factor] = []
+def reshaped(
+    node: Node, axes: Sequence[Axis], shape: Sequence[int]
+) -> tuple[Axis, ...]:
+    """The axes after a reshape; `Unmatched`, with the node, where there are none."""
+    queue = [factor for axis in axes for factor in axis]
+    found = []
+    for size in shape:
+        axis: list[Factor] = []
         while size > 1 or (queue and queue[0][2] == 1 and not axis):
+            if not queue:
+                raise Unmatched(node)
             factor = queue.pop(0)
             outer, inner = _split(node, factor, size)
             axis.append(outer)
             if inner is not None:
                 queue.insert(0, inner)
             size //= outer[2]
-        axes.append(tuple(axis))
-    return dataclasses.replace(x, axes=tuple(axes))
+        found.append(tuple(axis))
+    return tuple(found)
 
+
+def _moved(node: Node, operands: list[_Sampled]) -> _Sampled:
+    return dataclasses.replace(operands[0], axes=moved(node, operands[0].axes))
+
+
+# What only puts values elsewhere.
+MOVES = ("broadcast_in_dim", "reshape", "squeeze", "tile", "transpose")
 
 _SHAPED: dict[str, Callable[[Node, list[_Sampled]], _Sampled]] = {
-    "broadcast_in_dim": _broadcast,
     "integer_pow": _integer_pow,
     "reduce_sum": _reduce_sum,
-    "reshape": _reshape,
-    "squeeze": _squeeze,
-    "transpose": _transpose,
-}
+} | dict.fromkeys(MOVES, _moved)
 
 
-def _repeated(size: int) -> _Axis:
+def entries(node: Node, index: Sequence[Any]) -> Any:
+    """Entries of a value that no parameter and no signal reaches, such as a mask.
+
+    Args:
+      node: the value. What of it depends on the input is as for an input of ones.
+      index: for each axis of it, an array of indices; they go together as in NumPy.
+
+    Returns:
+      The entries. Nothing else of the value is computed.
+
+    Raises:
+      Unmatched: where it depends on something else, or is computed in another way.
+    """
+    options, operands = node.options, node.operands
+    if node.op == "input":
+        return np.ones(())
+    if node.op == "constant":
+        return np.asarray(node.array)[tuple(index)]
+    if node.op == "iota":
+        return index[options["dimension"]]
+    if node.op in _ELEMENTWISE:
+        values = [entries(x, _repeating(x.shape, index)) for x in operands]
+        return _ELEMENTWISE[node.op](*values)
+    if not operands:
+        raise Unmatched(node)
+    (x, *_), shape = operands, node.shape
+    if node.op == "integer_pow":
+        return entries(x, index) ** float(options["y"])
+    if node.op == "broadcast_in_dim":
+        taken = [index[axis] for axis in options["broadcast_dimensions"]]
+        return entries(x, _repeating(x.shape, taken))
+    if node.op == "squeeze":
+        taken = list(index)
+        for axis in sorted(axis % len(x.shape) for axis in options["dimensions"]):
+            taken.insert(axis, 0)
+        return entries(x, taken)
+    if node.op == "transpose":
+        order = options["permutation"]
+        return entries(x, [index[order.index(axis)] for axis in range(len(order))])
+    if node.op == "reshape":
+        if not x.shape:
+            return entries(x, ())
+        together: Any = np.broadcast_arrays(*index)
+        places = np.ravel_multi_index(together, shape) if shape else 0
+        return entries(x, np.unravel_index(places, x.shape))
+    if node.op == "slice":
+        steps = options["strides"] or (1,) * len(shape)
+        ranges = zip(index, options["start_indices"], steps, strict=True)
+        return entries(x, [at * step + start for at, start, step in ranges])
+    if node.op == "concatenate":
+        axis, first = options["dimension"], 0
+        values: Any = 0.0
+        for part in operands:
+            at = index[axis] - first
+            inside = (at >= 0) & (at < part.shape[axis])
+            taken = [*index[:axis], np.where(inside, at, 0), *index[axis + 1 :]]
+            values = np.where(inside, entries(part, taken), values)
+            first += part.shape[axis]
+        return values
+    raise Unmatched(node)
+
+
+def _repeating(shape: Sequence[int], index: Sequence[Any]) -> list[Any]:
+    """The index of what is repeated along its axes of length 1, or has no axes."""
+    pairs = zip(shape, index if shape else (), strict=True)
+    return [0 if size == 1 else at for size, at in pairs]
+
+
+def _repeated(size: int) -> Axis:
     return ((-1, 1, size),) if size > 1 else ()
 
 
-def _split(node: Node, factor: _Factor, size: int) -> tuple[_Factor, _Factor | None]:
+def _split(node: Node, factor: Factor, size: int) -> tuple[Factor, Factor | None]:
     """A factor as an outer one of at most the given size, and the rest within."""
     axis, within, whole = factor
     if whole <= size:
@@ -568,21 +699,21 @@ def _split(node: Node, factor: _Factor, size: int) -> tuple[_Factor, _Factor | N
 
 
 def _unify(
-    node: Node, first: Sequence[_Axis], second: Sequence[_Axis]
-) -> tuple[_Axis, ...]:
+    node: Node, first: Sequence[Axis], second: Sequence[Axis]
+) -> tuple[Axis, ...]:
     """The axes of an elementwise combination; repeated values fit any axis."""
     if len(first) != len(second):
         raise Unmatched(node)
     return tuple(_unify_axis(node, *pair) for pair in zip(first, second, strict=True))
 
 
-def _unify_axis(node: Node, first: _Axis, second: _Axis) -> _Axis:
+def _unify_axis(node: Node, first: Axis, second: Axis) -> Axis:
     if first == second or not second or all(axis < 0 for axis, _, _ in second):
         return first or second
     if not first or all(axis < 0 for axis, _, _ in first):
         return second
     left, right = list(first), list(second)
-    unified: list[_Factor] = []
+    unified: list[Factor] = []
     while left and right:
         a, b = left.pop(0), right.pop(0)
         size = min(a[2], b[2])

@@ -50,6 +50,30 @@ MEANINGS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """How the axes of queries, keys and values stand to one another in attention.
+
+    Attributes:
+      query: a letter for each axis of the queries: `d` for what is contracted with the
+        keys, `b` for what goes along with an axis of the keys, `p` for others.
+      key: the same for the keys.
+      value: the same for the values; `p` for what is contracted with the weights.
+      out: for each axis of the outcome, factors of the axes of the queries.
+      factor: what the logits are multiplied by.
+      causal: whether a position attends only to itself and to those before it.
+      attended: to how many positions, where a mask leaves fewer.
+    """
+
+    query: str
+    key: str
+    value: str
+    out: Sequence[graph.Axis]
+    factor: float
+    causal: bool
+    attended: float | None
+
+
 @dataclasses.dataclass
 class Step:
     """What happens between a node and the one it is computed from."""
@@ -57,21 +81,22 @@ class Step:
     node: Node
     source: Node
     links: Sequence[_spec.Link] = ()  # one after the other
-    arms: tuple[list[Step], list[Step]] | None = None  # of a residual
-    bias: str = ""  # path of a parameter added to the signal
+    ends: tuple[Node, ...] = ()  # several signals that meet in the node,
+    joins: str = ""  # in what way: "sum", "product", "concatenate" and so on,
+    heads: Heads | None = None  # of attention,
+    arms: Sequence[list[Step]] = ()  # and the steps that lead to each
+    moves: bool = False  # the same values in other places, or repeated
+    contracted: int = 1  # how many of the last axes are its features
+    taken: tuple[int, ...] = ()  # of an axis: (axis, start, stop, stride)
+    bias: str = ""  # path of a parameter added to the signal; `links` if standing alone
     window: Window | None = None  # that the first of its links slides over positions
     padding: tuple[Any, ...] = ()  # (low, high) per axis, for a convolution to come
     mode: str = ""  # how that is filled: "CIRCULAR", "REFLECT"; empty for zeros
-    order: tuple[int, ...] = ()  # of a transpose
     elementwise: bool = False  # so that the order of the axes does not matter
     begins: bool = False  # that the chain begins behind it
     # Whether a piece of the graph that goes on beyond it cannot be one link.
     opaque: bool = False
-
-    @property
-    def batch(self) -> int:
-        """The batch size, where the axes are in order."""
-        return self.source.shape[0] if self.source.shape else 0
+    late: bool = False  # Whether it is a link only where longer pieces are none.
 
 
 class Unknown(Exception):
@@ -111,17 +136,18 @@ def description(node: Node) -> str:
 # --- Linear layers -------------------------------------------------------------------
 
 
-def _kernel_path(node: Node) -> str:
+def _kernel_path(node: Node, name: str = "kernel") -> str:
     """The path of the layer whose kernel a linear operation multiplies with."""
     signal, kernel = node.operands
     if kernel.flows:
-        other = f"the signal with {description(signal)} on its left"
-        both = "two signals, as attention does"
-        raise Unknown(node, f"{node.op} multiplies {both if signal.flows else other}")
+        raise Unknown(
+            node,
+            f"{node.op} multiplies the signal with {description(signal)} on its left",
+        )
     if kernel.op != "param":
         raise Unknown(node, f"the kernel of {node.op} is {description(kernel)}")
-    path, _, name = f"/{kernel.path}".rpartition("/")
-    if name != "kernel":
+    path, _, found = f"/{kernel.path}".rpartition("/")
+    if found != name:
         raise Unknown(
             node,
             f"{node.op} multiplies with {kernel.path!r}. Parameters are known by their "
@@ -133,15 +159,33 @@ def _kernel_path(node: Node) -> str:
 
 @rule("dot_general")
 def dense(node: Node) -> Step:
-    """`Dense`: a product with a kernel over the last axis."""
-    path, signal = _kernel_path(node), node.operands[0]
-    contracted, batched = node.options["dimension_numbers"]
-    last = (len(signal.shape) - 1,)
-    if (*map(tuple, contracted), *map(tuple, batched)) != (last, (0,), (), ()):
+    """`Dense`, `DenseGeneral` and `Unembed`: a kernel over the last axes."""
+    if all(operand.flows for operand in node.operands):
+        return RULES["attention"](node)
+    signal, kernel = node.operands
+    contracted, batched = (tuple(map(tuple, o)) for o in numbers(node))
+    table = kernel.operands[0] if kernel.op == "transpose" else kernel
+    if table.path.rpartition("/")[2] == "embedding" and len(table.shape) == 2:
+        # The rows of the table, transposed or not, are the new features.
+        over = (len(signal.shape) - 1,), (int(table is kernel),)
+        if (contracted, batched) == (over, ((), ())):
+            link = _spec.Unembed(table.path.rpartition("/")[0])
+            return Step(node, signal, [link], opaque=True)
+    path = _kernel_path(node)
+    count, last = len(contracted[0]), len(signal.shape)
+    over = (*range(last - count, last),), (*range(count),)
+    if (contracted, batched) != (over, ((), ())):
         raise Unknown(
             node, f"{node.op} with {path!r} is not over the last axis of the signal"
         )
-    return Step(node, signal, [_spec.Dense(path)], opaque=True)
+    plain = len(kernel.shape) == 2 and count == 1
+    link = _spec.Dense(path) if plain else _spec.DenseGeneral(path)
+    return Step(node, signal, [link], contracted=count, opaque=True)
+
+
+def numbers(node: Node) -> Any:
+    """Which axes a matrix product contracts, and which go along."""
+    return node.options["dimension_numbers"]
 
 
 @rule("conv_general_dilated")
@@ -169,16 +213,113 @@ def convolution(node: Node) -> Step:
     return Step(node, node.operands[0], [link], window=window, opaque=True)
 
 
+# --- Learned arrays ------------------------------------------------------------------
+
+
 @rule()
-def bias(piece: Piece, node: Node, source: Node) -> Step | None:
-    """The bias of the layer before."""
-    if piece.reduced or piece.masks or len(piece.leaves) != 1:
+def learned(piece: Piece, node: Node, source: Node) -> Step | None:
+    """`Bias`, `LayerScale`, `PReLU`; or the bias of the layer before."""
+    if piece.reduced or piece.masks or len(piece.leaves) != 1 or piece.paths["state"]:
         return None
     ((path, leaf),) = piece.leaves.items()
-    is_bias = path in piece.paths["param"] and f"/{path}".endswith("/bias")
-    if not is_bias or not np.allclose(piece.values, SIGNAL + leaf):
+    module, _, name = f"/{path}".rpartition("/")
+    if name == "negative_slope":
+        if np.allclose(piece.values, np.where(SIGNAL > 0, SIGNAL, leaf * SIGNAL)):
+            return Step(node, source, [_spec.PReLU(module[1:])], elementwise=True)
         return None
-    return Step(node, source, bias=path)
+    adds = np.allclose(piece.values, SIGNAL + leaf)
+    if adds and name == "bias":
+        return Step(node, source, [_spec.Bias(path)], bias=path)
+    if not adds and not np.allclose(piece.values, SIGNAL * leaf):
+        return None
+    if not any(_is_aligned(operand, path) for operand in node.operands):
+        return None
+    link = _spec.Bias(path) if adds else _spec.LayerScale(path)
+    return Step(node, source, [link], late=name == "scale")
+
+
+def origin(node: Node) -> Node:
+    """What a node only puts elsewhere, or repeats."""
+    while node.op in graph.MOVES:
+        node = node.operands[0]
+    return node
+
+
+def _is_aligned(node: Node, path: str) -> bool:
+    """Whether a node is a parameter, repeated as NumPy does."""
+    moves = [node]
+    while moves[-1].op in graph.MOVES:
+        moves.append(moves[-1].operands[0])
+    param = moves.pop()
+    if param.path != path or param.op != "param":
+        return False
+    sizes = enumerate(param.shape)
+    axes: Sequence[graph.Axis] = [((i, 1, n),) if n > 1 else () for i, n in sizes]
+    for move in reversed(moves):
+        axes = graph.moved(move, axes)
+    before = len(axes) - len(param.shape)
+    return all(
+        {factor[0] for factor in axis} <= {-1, at - before}
+        for at, axis in enumerate(axes)
+    )
+
+
+def positions(node: Node) -> Step | None:
+    """Something added at each position that the input does not reach, None for none.
+
+    Rows of a table, or constants such as sines and cosines: an `Input` of their size.
+    """
+    (signal,) = node.flow
+    (added,) = (operand for operand in node.operands if not operand.flows)
+    source, sizes = origin(added), [size for size in added.shape if size > 1]
+    try:
+        if source.op == "gather" and source.operands[0].op == "param":
+            table, indices = source.operands
+            path, _, name = f"/{table.path}".rpartition("/")
+            rows = _all_entries(indices)[..., 0]
+            whole = source.shape == (*rows.shape, *table.shape[1:])
+            if name != "embedding" or len(table.shape) != 2 or not whole:
+                return None
+            rows = rows[0] if rows.ndim > 1 and len(rows) == 1 else rows
+            if np.array_equal(rows, np.arange(table.shape[0])):
+                return Step(node, signal, [_spec.Bias(table.path)])
+            looked_up = [_spec.Input(rows.shape), _spec.Embed(path[1:])]
+            return Step(node, signal, [_spec.Residual([], looked_up)])
+        if len(sizes) > 1 and not added.origins - {"array"} and node.op != "add_any":
+            size = float(np.sqrt(np.mean(_all_entries(added) ** 2)))
+            constants = [_spec.Input(node.shape[1:]), _spec.Scale(float(f"{size:.4g}"))]
+            return Step(node, signal, [_spec.Residual([], constants)])
+    except (graph.Unmatched, ValueError):
+        pass
+    return None
+
+
+def _all_entries(node: Node) -> Any:
+    """The entries of a constant, those at the first 256 places of a long axis."""
+    sizes = [min(size, 256) if at else size for at, size in enumerate(node.shape)]
+    return np.broadcast_to(graph.entries(node, [*np.indices(sizes)]), sizes)
+
+
+@rule("gather")
+def embedding(node: Node) -> Step:
+    """`Embed`: rows of a table, one for each integer."""
+    table, indices = node.operands
+    path, _, name = f"/{table.path}".rpartition("/")
+    if table.op != "param" or name != "embedding" or not indices.flows:
+        raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
+    found = node.options["dimension_numbers"]
+    rows = (found.collapsed_slice_dims, found.start_index_map)
+    source = indices
+    while source.op != "input" and jnp.issubdtype(source.dtype, jnp.integer):
+        if source.dominator is None or source.dominator.op == "inputs":
+            break
+        source = source.dominator
+    whole = (len(source.shape), len(table.shape)) == (len(node.shape) - 1, 2)
+    if rows != ((0,), (0,)) or not whole or source.shape != node.shape[:-1]:
+        raise Unknown(
+            node, f"{node.op} with {table.path!r} takes no row for each input"
+        )
+    return Step(node, source, [_spec.Embed(path[1:])], opaque=True)
 
 
 # --- Windows over positions ----------------------------------------------------------
@@ -310,18 +451,38 @@ def reduction(node: Node) -> Step:
 
 
 @rule("slice")
-def subsampling(node: Node) -> Step:
-    """Every second position: what a pooling with a window of one entry leaves."""
-    (signal,) = node.operands
-    strides = node.options["strides"] or (1,) * len(node.shape)
-    whole = node.options["limit_indices"] == signal.shape
-    if not whole or any(node.options["start_indices"]) or strides[0] * strides[-1] != 1:
-        raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
-    strides = strides[1:-1]
-    ones = (1,) * len(strides)
-    window = Window(ones, strides, ones, ((0, 0),) * len(ones), ("VALID",), (), False)
-    link = _spec.AvgPool(ones, strides=short(strides))
-    return Step(node, signal, [link], window=window)
+def part(node: Node) -> Step:
+    """`Slice`; every second position is what a pooling of one entry leaves."""
+    (signal,), rank = node.operands, len(node.shape)
+    strides = node.options["strides"] or (1,) * rank
+    starts, stops = node.options["start_indices"], node.options["limit_indices"]
+    ranges = zip(starts, stops, strides, strict=True)
+    cut = [
+        (axis, *found)
+        for axis, found in enumerate(ranges)
+        if found != (0, signal.shape[axis], 1)
+    ]
+    whole = stops == signal.shape and not any(starts)
+    if whole and strides[0] * strides[-1] == 1:
+        strides = strides[1:-1]
+        ones = (1,) * len(strides)
+        pairs = ((0, 0),) * len(ones)
+        window = Window(ones, strides, ones, pairs, ("VALID",), (), False)
+        link = _spec.AvgPool(ones, strides=short(strides))
+        return Step(node, signal, [link], window=window)
+    if len(cut) != 1:
+        raise Unknown(node, f"{node.op} is {MEANINGS[node.op]} of several axes at once")
+    return Step(node, signal, taken=cut[0], opaque=True)
+
+
+@rule("split")
+def parts(node: Node) -> Step:
+    """`Slice`: one of the parts."""
+    (signal,), axis = node.operands, node.options["axis"]
+    sizes = [int(size) for size in node.options["sizes"]]
+    start = sum(sizes[: node.result])
+    cut = (axis, start, start + sizes[node.result], 1)
+    return Step(node, signal, taken=cut, opaque=True)
 
 
 @rule("pad")
@@ -341,56 +502,77 @@ def zero_padding(node: Node) -> Step:
 
 
 @rule("concatenate")
-def wrapping(node: Node) -> Step:
-    """A concatenation that pads one axis with parts of the signal itself."""
-    source, axis = node.dominator, node.options["dimension"]
-    assert source is not None
-    unknown = Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
-    if len(source.shape) != len(node.shape) or not 0 < axis < len(node.shape) - 1:
-        raise unknown
-    taken = _taken_along(axis, node, source, unknown)
+def concatenation(node: Node) -> Step:
+    """`Concatenate`, `ClassToken`; or padding with parts of the signal itself."""
+    axis, rank = node.options["dimension"], len(node.shape)
+    wrapped = _wrapped(node, axis) if 0 < axis < rank - 1 else None
+    if wrapped is not None:
+        return wrapped
+    ends = node.flow
+    assert node.dominator is not None
+    if axis and all(operand.flows for operand in node.operands):
+        step = Step(node, node.dominator, ends=ends, joins="concatenate", opaque=True)
+        return step
+    first, *others = node.operands
+    path = origin(first).path
+    token = first.origins == {"param"} and _is_aligned(first, path)
+    if token and len(others) == len(ends) == 1 and (axis, rank) == (1, 3):
+        return Step(node, others[0], [_spec.ClassToken(path)], opaque=True)
+    constant = next(operand for operand in node.operands if not operand.flows)
+    raise Unknown(
+        node,
+        f"{node.op} joins the signal with {description(constant)}"
+        if axis
+        else f"{node.op} joins examples of the batch",
+    )
+
+
+def _wrapped(node: Node, axis: int) -> Step | None:
+    """Padding of one axis with parts of the signal itself, None for something else."""
+    source = node.dominator
+    if source is None or len(source.shape) != len(node.shape):
+        return None
+    taken = _taken_along(axis, node, source)
     extra = node.shape[axis] - source.shape[axis]
     modes: Any = {"wrap": "CIRCULAR", "reflect": "REFLECT"}
     for (mode, name), low in itertools.product(modes.items(), range(extra + 1)):
         pair = (low, extra - low)
-        if np.array_equal(taken, np.pad(range(source.shape[axis]), pair, mode)):
+        padded = np.pad(range(source.shape[axis]), pair, mode)
+        if taken is not None and np.array_equal(taken, padded):
             pairs = [(0, 0)] * (len(node.shape) - 2)
             pairs[axis - 1] = pair
             return Step(node, source, padding=tuple(pairs), mode=name)
-    raise unknown
+    return None
 
 
-def _taken_along(axis: int, node: Node, source: Node, unknown: Unknown) -> Any:
-    """Which entries of an axis a node consists of."""
+def _taken_along(axis: int, node: Node, source: Node) -> Any:
+    """Which entries of an axis a node consists of, None where it is more than that."""
     if node is source:
         return np.arange(source.shape[axis])
-    parts = [_taken_along(axis, part, source, unknown) for part in node.flow]
-    if node.op == "concatenate" and node.options["dimension"] == axis:
+    ones = (1,) * len(node.shape)
+    joins = node.op == "concatenate" and node.options["dimension"] == axis
+    turns = node.op == "rev" and tuple(node.options["dimensions"]) == (axis,)
+    cuts = node.op == "slice" and node.options["strides"] in (None, ones)
+    if not joins and not turns and not cuts:
+        return None
+    parts = [_taken_along(axis, part, source) for part in node.flow]
+    if any(part is None for part in parts):
+        return None
+    if joins:
         return np.concatenate(parts)
-    if node.op == "rev" and tuple(node.options["dimensions"]) == (axis,):
+    if turns:
         return parts[0][::-1]
-    if node.op == "slice" and node.options["strides"] in (None, (1,) * len(node.shape)):
-        first, last = node.options["start_indices"], node.options["limit_indices"]
-        return parts[0][first[axis] : last[axis]]
-    raise unknown
+    first, last = node.options["start_indices"], node.options["limit_indices"]
+    return parts[0][first[axis] : last[axis]]
 
 
 # --- The same values in another shape ------------------------------------------------
 
 
-@rule("broadcast_in_dim", "reshape", "squeeze")
+@rule(*graph.MOVES)
 def same_values(node: Node) -> Step:
-    """No link, or `Flatten`: the chain's shapes tell."""
-    (signal,) = node.flow
-    if math.prod(signal.shape) != math.prod(node.shape):
-        raise Unknown(node, f"{node.op} repeats the signal along an axis")
-    return Step(node, signal)
-
-
-@rule("transpose")
-def transposition(node: Node) -> Step:
-    """No link: a later one restores the order, or flattens."""
-    return Step(node, node.operands[0], order=tuple(node.options["permutation"]))
+    """No link, or one where a later link needs another shape."""
+    return Step(node, node.flow[0], moves=True)
 
 
 # --- What acts on every entry alike --------------------------------------------------
@@ -549,3 +731,14 @@ def _normalisation_over(piece: Piece, shape: Shape) -> Any:
         return _spec.LayerNorm()
     groups = shape[last] // features
     return _spec.GroupNorm(num_groups=groups) if positions <= axes else None
+
+
+# --- Several outputs -----------------------------------------------------------------
+
+
+@rule("outputs")
+def outputs(node: Node) -> Step:
+    """`Outputs`: the end of a model with several."""
+    assert node.dominator is not None
+    ends = node.operands
+    return Step(node, node.dominator, ends=ends, joins="outputs", opaque=True)

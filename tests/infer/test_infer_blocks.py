@@ -92,8 +92,9 @@ def test_blocks_stand_for_nnx_modules():
     block = spec.Block("layers/0", weight_curvature=1.0, input_curvature=0.5)
     declared = (block, spec.Activation("tanh"))
     assert infer_spec(model, array(2, 6), blocks=[block]).layers == declared
-    with pytest.raises(ValueError, match="in module 'layers/0': mul multiplies two"):
-        infer_spec(model, array(2, 6))
+    gate = spec.Gate([], [spec.Dense("layers/0/dense"), spec.Activation("sigmoid")])
+    declared = (gate, spec.Activation("relu"), spec.Activation("tanh"))
+    assert infer_spec(model, array(2, 6)).layers == declared
 
 
 def test_blocks_stand_for_nnx_modules_whatever_method_is_called():
@@ -124,24 +125,15 @@ def param(module: nn.Module, name: str, *shape: int) -> jax.Array:
     return module.param(name, nn.initializers.ones, shape)
 
 
-def twice(_: nn.Module, x: jax.Array) -> jax.Array:
-    dense = nn.Dense(6, name="d")
-    return dense(nn.relu(dense(x)))
-
-
-def twice_side_by_side(_: nn.Module, x: jax.Array) -> jax.Array:
-    dense = nn.Dense(6, name="d")
-    return dense(x) + nn.relu(dense(nn.tanh(x)))
-
-
 def tied(module: nn.Module, x: jax.Array) -> jax.Array:
     kernel = param(module, "kernel", 6, 5)
     return (x @ kernel) @ kernel.T
 
 
-def squeeze_excite(_: nn.Module, x: jax.Array) -> jax.Array:
-    gate = nn.sigmoid(nn.Dense(6, name="gate")(x.mean((1, 2), keepdims=True)))
-    return x * gate
+def wavy(_: nn.Module, x: jax.Array) -> jax.Array:
+    """A gate of waves, which no link describes."""
+    gate = nn.Dense(6, name="gate")(x.mean((1, 2), keepdims=True))
+    return x * jnp.sin(gate) * jnp.sin(x)
 
 
 @jax.custom_vjp
@@ -161,15 +153,10 @@ smaller_gradient.defjvp(lambda primals, tangents: (primals[0], 0.1 * tangents[0]
 
 
 UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
-    "attention": (
-        lambda _, x: nn.MultiHeadDotProductAttention(2, name="attend")(x, x),
-        (2, 5, 6),
-        "in module 'attend/out': dot_general .* not over the last axis",
-    ),
     "scores": (
         lambda _, x: jnp.einsum("bif,bjf->bij", x, x),
         (2, 5, 6),
-        "dot_general multiplies two signals, as attention does",
+        "multiplies two signals, which is attention only where one of them is a softm",
     ),
     "recurrence": (
         lambda _, x: nn.RNN(nn.LSTMCell(4), name="rnn")(x),
@@ -185,12 +172,6 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         lambda _, x: lax.cond(x.sum() > 0, jnp.tanh, jnp.sin, x),
         IMAGES,
         "cond is a branch on data",
-    ),
-    "layer used twice": (twice, (2, 6), "parameters of 'd' are used more than once"),
-    "layer used twice, side by side": (
-        twice_side_by_side,
-        (2, 6),
-        "parameters of 'd' are used more than once",
     ),
     "tied weights": (
         tied,
@@ -226,55 +207,10 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         (2, 6),
         "multiplies with 'w'.* call it 'kernel' in the model",
     ),
-    "several features": (
-        lambda _, x: nn.DenseGeneral((2, 3), name="d")(x),
-        (2, 6),
-        r"spec.Dense\('d'\): expects a kernel of shape \(in, out\)",
-    ),
-    "concatenation": (
-        lambda _, x: jnp.concatenate([x, nn.Dense(3)(x)], -1),
-        IMAGES,
-        "concatenate is a concatenation",
-    ),
-    "squeeze and excite": (
-        squeeze_excite,
-        IMAGES,
-        "mul multiplies two signals, as gating and attention do",
-    ),
-    "gated linear unit": (
-        lambda _, x: nn.glu(nn.Dense(6)(x)),
-        IMAGES,
-        "mul multiplies two signals",
-    ),
-    "embedding": (
-        lambda _, x: nn.Embed(5, 6, name="embed")(x.astype(int)),
-        (2, 5),
-        "in module 'embed': gather is indexing, or an embedding",
-    ),
-    "class token": (
-        lambda _, x: nn.Dense(3)(nn.tanh(x)[:, 0]),
-        (2, 5, 6),
-        "slice is indexing",
-    ),
-    "position embedding": (
-        lambda module, x: nn.tanh(x) + param(module, "positions", 5, 6),
-        (2, 5, 6),
-        "add combines the signal with 'positions' in a way no link does",
-    ),
-    "layer scale": (
-        lambda module, x: x * param(module, "gamma", 6),
-        IMAGES,
-        "mul combines the signal with 'gamma' in a way no link does",
-    ),
     "parameter along the positions": (
         lambda module, x: nn.tanh(x) + param(module, "bias", 6)[:, None],
         (2, 6, 6),
         "add",
-    ),
-    "learned slope": (
-        lambda _, x: nn.PReLU(name="prelu")(x),
-        IMAGES,
-        "in module 'prelu': .*'prelu/negative_slope'",
     ),
     "another slope": (
         lambda _, x: nn.leaky_relu(x, 0.2),
@@ -290,6 +226,11 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         lambda _, x: nn.relu(x) + 1.0,
         IMAGES,
         "add ends an elementwise function that is neither",
+    ),
+    "gate of its own input": (
+        lambda _, x: nn.tanh(x) * nn.sigmoid(1.7 * x),
+        IMAGES,
+        "two sides of mul come from one signal .* Gate takes them as unrelated",
     ),
     "softmax": (
         lambda _, x: nn.softmax(x),
@@ -321,13 +262,6 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         IMAGES,
         "the two sides of add come from one signal",
     ),
-    "a bias after a root mean square": (
-        lambda module, x: (
-            nn.RMSNorm(name="n", use_scale=False)(x) + param(module, "bias", 6)
-        ),
-        IMAGES,
-        "add adds 'bias', but not to its own layer",
-    ),
     "mask": (
         lambda _, x: nn.tanh(x) * jnp.arange(6.0),
         IMAGES,
@@ -342,11 +276,6 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         lambda _, x: jax.image.resize(x, (2, 16, 16, 6), "nearest"),
         IMAGES,
         "gather",
-    ),
-    "repeats": (
-        lambda _, x: jnp.repeat(nn.tanh(x), 2, axis=1),
-        IMAGES,
-        "broadcast_in_dim repeats the signal along an axis",
     ),
     "sort": (lambda _, x: jnp.sort(x, -1), IMAGES, "sort is an order by value"),
     "custom derivative": (
@@ -374,28 +303,12 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         IMAGES,
         "padding is followed by no convolution",
     ),
-    "mixing of tokens": (
-        lambda _, x: jnp.swapaxes(nn.Dense(5)(jnp.swapaxes(nn.tanh(x), 1, 2)), 1, 2),
-        (2, 5, 6),
-        "dot_general acts on a signal whose axes are transposed",
-    ),
-    "space to depth": (
-        lambda _, x: nn.tanh(x).reshape((2, 8, 4, 12)),
-        IMAGES,
-        "reshape from .* divides the features",
-    ),
-    "folded batch": (
-        lambda _, x: nn.tanh(x).reshape((10, 6)),
-        (2, 5, 6),
-        "reshape changes the batch dimension",
-    ),
     "sum over features": (lambda _, x: x.sum(-1), IMAGES, "sum over features or batch"),
-    "two outputs": (lambda _, x: (x, nn.relu(x)), IMAGES, "has 2 outputs"),
     "no output": (lambda _, x: jnp.ones(3), IMAGES, "has 0 outputs"),
 }
 
 
-NO_WAY_OUT = ("stopped gradient", "folded batch", "two outputs", "no output")
+NO_WAY_OUT = ("stopped gradient", "no output")
 
 
 def pasted(error: pytest.ExceptionInfo[ValueError]) -> list[spec.Block]:
@@ -454,16 +367,24 @@ def scanned(_: nn.Module, x: jax.Array) -> jax.Array:
     return nn.Dense(2, name="head")(x)
 
 
-def attention(_: nn.Module, x: jax.Array) -> jax.Array:
-    x = x + nn.MultiHeadDotProductAttention(2, name="attend")(nn.LayerNorm()(x))
+class Mixing(nn.Module):
+    """Weights over positions that are no softmax, between two kernels."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.Dense(6, name="d")(x)
+        return nn.Dense(6, name="e")(jnp.tanh(y @ y.swapaxes(1, 2)) @ y)
+
+
+def mixing(_: nn.Module, x: jax.Array) -> jax.Array:
+    x = x + Mixing(name="mix")(nn.LayerNorm()(x))
     return nn.Dense(2, name="head")(x)
 
 
 def test_blocks_that_errors_name():
     tokens, images = jnp.ones((2, 5, 6)), jnp.ones(IMAGES)
-    assert check(attention, tokens).paths[1:] == ("attend", "head")
+    assert check(mixing, tokens).paths[1:] == ("mix/d", "mix/e", "head")
     assert check(scanned, tokens).paths == ("layers/d", "head")
-    assert check(twice, jnp.ones((2, 6))).paths == ("d",)
     assert check(UNKNOWN["recurrence"][0], tokens).paths == ("LSTMCell_0",)
     (link,) = check(lambda _, x: jnp.sin(x), images).layers
     assert isinstance(link, spec.Block)
@@ -473,8 +394,8 @@ def test_blocks_that_errors_name():
 
 def test_blocks_before_and_after_one_another():
     def function(module: nn.Module, x: jax.Array) -> jax.Array:
-        x = nn.Dense(6, name="a")(jnp.sin(x) * param(module, "gamma", 6))
-        return nn.softmax(nn.Dense(4, name="b")(squeeze_excite(module, x)).mean((1, 2)))
+        x = nn.Dense(6, name="a")(jnp.sin(x) * (1 + param(module, "gamma", 6)))
+        return nn.softmax(nn.Dense(4, name="b")(wavy(module, x)).mean((1, 2)))
 
     chain = check(function, jnp.ones(IMAGES))
     assert chain.paths == ("gamma", "a", "gate", "b")
@@ -499,15 +420,15 @@ def test_a_parameter_beside_modules_is_a_block_by_itself():
     class Mixed(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            return x + nn.Dense(6, name="d")(x) * param(self, "gamma", 6)
+            return x + nn.Dense(6, name="d")(x) * (1 + param(self, "gamma", 6))
 
     chain = check(lambda _, x: Mixed(name="mixed")(x), jnp.ones((2, 6)))
     assert chain.paths == ("mixed/d", "mixed/gamma")
 
 
-def test_an_embedding():
-    def function(_: nn.Module, tokens: jax.Array) -> jax.Array:
-        return nn.Dense(3, name="d")(nn.Embed(5, 6, name="embed")(tokens))
+def test_a_table_of_another_name():
+    def function(module: nn.Module, tokens: jax.Array) -> jax.Array:
+        return nn.Dense(3, name="d")(param(module, "table", 5, 6)[tokens])
 
     (embed, dense) = check(function, jnp.zeros((2, 7), jnp.int32)).layers
     assert isinstance(embed, spec.Block)
@@ -558,9 +479,11 @@ def test_measured_numbers_are_those_of_the_jacobian():
 
 def test_numbers_that_are_given_are_kept():
     block = spec.Block("gate", input_curvature=0.5)
-    (found,) = infer(squeeze_excite, blocks=[block])
+    (found, _) = infer(
+        lambda _, x: nn.tanh(nn.Dense(6, name="gate")(x)), blocks=[block]
+    )
     assert found.input_curvature == 0.5
-    assert 0 < found.weight_curvature < 10
+    assert found.weight_curvature == pytest.approx(64, rel=0.05)  # positions
     with pytest.raises(ValueError, match=r"its input_curvature was .* 0"):
         infer(lambda _, x: lax.stop_gradient(nn.Dense(6)(x)), blocks=[spec.Block(None)])
 

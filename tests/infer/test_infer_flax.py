@@ -205,13 +205,20 @@ def test_dropout_is_all_that_training_adds_in_nnx():
 
 def test_errors_tell_the_line_of_code():
     with pytest.raises(ValueError, match=r"test_infer_flax\.py:\d+"):
-        infer(lambda _, x: x * nn.sigmoid(nn.Dense(6)(x)))
+        infer(lambda _, x: nn.softmax(nn.Dense(6)(x)))
 
 
 def test_several_inputs():
-    model = Call(lambda _, x, y: nn.Dense(3)(x + y))
-    with pytest.raises(ValueError, match="add combines several inputs of the model"):
-        infer_spec(model, array(2, 6), array(2, 6))
+    def towers(_: nn.Module, x: jax.Array, text: jax.Array) -> jax.Array:
+        text = nn.Embed(5, 4, name="embed")(text).mean(1)
+        return nn.Dense(4, name="image")(x) * nn.Dense(4, name="text")(text)
+
+    chain = infer_spec(Call(towers), array(2, 6), array(2, 7, dtype=jnp.int32))
+    other = [spec.Input((7,)), spec.Embed("embed"), spec.GlobalAvgPool()]
+    gate = spec.Gate([spec.Dense("image")], [*other, spec.Dense("text")])
+    assert chain == spec.LayerChain([gate], input_shape=(6,))
+    added = infer_spec(Call(lambda _, x, y: nn.relu(x + y)), array(2, 6), array(2, 6))
+    assert added.layers == (spec.Residual([spec.Input((6,))]), RELU)
 
 
 def test_an_input_without_batch():
@@ -264,67 +271,19 @@ def test_arguments_that_are_something_else(arguments, message):
 class Heads(nn.Module):
     """A policy and a value, as in actor-critic networks."""
 
-    def setup(self):
-        self.body = nn.Dense(5)
-        self.policy, self.value = nn.Dense(3), nn.Dense(1)
-
-    def __call__(self, observation: jax.Array, train: bool) -> dict[str, Any]:
-        del train
-        features = nn.relu(self.body(observation))
-        return {"policy": self.policy(features), "other": (self.value(features),)}
-
-    def pair(self, observation: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.body(observation), self.policy(self.body(observation))
+    @nn.compact
+    def __call__(self, x: jax.Array) -> dict[str, Any]:
+        x = nn.relu(nn.Dense(5, name="body")(x))
+        value = nn.Dense(1, name="value")(x).squeeze(-1)
+        return {"policy": nn.Dense(3, name="policy")(x), "other": (value, x.shape)}
 
 
-class NnxHeads(nnx.Module):
-    """Two heads without a body."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.policy = nnx.Linear(6, 3, rngs=rngs)
-        self.value = nnx.Linear(6, 1, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.policy(x), self.value(x)
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "suggested", "first"),
-    [
-        (
-            Heads(),
-            {"train": True},
-            "lambda model, observation, train: model(observation, train=train)"
-            "['other'][0]",
-            "body",
-        ),
-        (
-            Heads(),
-            {"method": "pair"},
-            "lambda model, observation: model.pair(observation)[0]",
-            "body",
-        ),
-        (
-            Heads(),
-            {"method": Heads.pair},
-            "lambda model, observation: model.pair(observation)[0]",
-            "body",
-        ),
-        (abstract(NnxHeads), {}, "lambda model, x: model(x)[0]", "policy"),
-    ],
-)
-def test_several_outputs(model, options, suggested, first):
-    with pytest.raises(ValueError, match="has 2 outputs") as error:
-        infer_spec(model, array(2, 6), **options)
-    (pasted,) = re.findall(r"method=(.*?), and", str(error.value))
-    assert pasted == suggested
-    chain = infer_spec(model, array(2, 6), **(options | {"method": eval(pasted)}))
-    assert chain.paths[0] == first
-
-
-def test_several_outputs_of_a_function():
-    with pytest.raises(ValueError, match="at the end of the function that is passed"):
-        infer_spec(models.Mlp(), array(2, 8), method=lambda model, x: (model(x), x + 1))
+def test_several_outputs():
+    ends = spec.Outputs([[spec.Dense("value")], [spec.Dense("policy")]])
+    declared = (spec.Dense("body"), RELU, ends)
+    assert infer_spec(Heads(), array(2, 6)).layers == declared
+    one = infer_spec(Heads(), array(2, 6), method=lambda model, x: model(x)["policy"])
+    assert one.layers == (*declared[:2], spec.Dense("policy"))
 
 
 def test_flax_is_needed_and_named(monkeypatch):

@@ -407,6 +407,209 @@ CONSTRUCTS: dict[str, tuple[Callable[..., Any], list[spec.Link], tuple[int, ...]
 }
 
 
+def param(module: nn.Module, name: str, *shape: int) -> jax.Array:
+    return module.param(name, nn.initializers.ones, shape)
+
+
+def twice(_: nn.Module, x: jax.Array) -> jax.Array:
+    dense = nn.Dense(6, name="d")
+    return dense(nn.relu(dense(x)))
+
+
+def twice_side_by_side(_: nn.Module, x: jax.Array) -> jax.Array:
+    dense = nn.Dense(6, name="d")
+    return dense(x) + nn.relu(dense(nn.tanh(x)))
+
+
+def squeeze_excite(_: nn.Module, x: jax.Array) -> jax.Array:
+    return x * nn.sigmoid(nn.Dense(6, name="d")(x.mean((1, 2), keepdims=True)))
+
+
+def squeeze_excite_of_convolutions(_: nn.Module, x: jax.Array) -> jax.Array:
+    gate = nn.Conv(6, (1, 1), name="c")(x.mean((1, 2), keepdims=True))
+    return nn.tanh(x) * nn.sigmoid(gate)
+
+
+def densely(_: nn.Module, x: jax.Array) -> jax.Array:
+    """Each layer takes all that was before, kept in a list."""
+    found = [x]
+    for name in "ab":
+        found.append(nn.Dense(2, name=name)(jnp.concatenate(found, -1)))
+    return jnp.concatenate(found, -1)
+
+
+def per_head(_: nn.Module, x: jax.Array) -> jax.Array:
+    heads = nn.DenseGeneral((2, 3), name="d")(x)
+    return nn.DenseGeneral(4, axis=(-2, -1), name="e")(heads)
+
+
+SIGMOID = spec.Activation("sigmoid")
+CONSTRUCTS |= {
+    "layer used twice": (
+        twice,
+        [spec.Dense("d"), RELU, spec.Tied([spec.Dense("d")])],
+        (2, 6),
+    ),
+    "layer used twice, side by side": (
+        twice_side_by_side,
+        [
+            spec.Residual(
+                [spec.Activation("tanh"), spec.Tied([spec.Dense("d")]), RELU],
+                [spec.Dense("d")],
+            )
+        ],
+        (2, 6),
+    ),
+    "several features": (
+        per_head,
+        [spec.DenseGeneral("d"), spec.DenseGeneral("e")],
+        (2, 5, 6),
+    ),
+    "concatenation": (
+        lambda _, x: jnp.concatenate([x, nn.Dense(3, name="d")(x)], -1),
+        [spec.Concatenate([[], [spec.Dense("d")]])],
+        IMAGES,
+    ),
+    "concatenation of positions": (
+        lambda _, x: jnp.concatenate([x, nn.Dense(6, name="d")(x)], 1),
+        [spec.Concatenate([[], [spec.Dense("d")]], axis=-2)],
+        (2, 5, 6),
+    ),
+    "concatenations of a list": (
+        densely,
+        [
+            spec.Concatenate([[], [spec.Dense("a")]]),
+            spec.Concatenate([[], [spec.Dense("b")]]),
+        ],
+        (2, 5, 6),
+    ),
+    "squeeze and excite": (
+        squeeze_excite,
+        [spec.Gate([], [spec.GlobalAvgPool(), spec.Dense("d"), SIGMOID])],
+        IMAGES,
+    ),
+    "squeeze and excite of convolutions": (
+        squeeze_excite_of_convolutions,
+        [
+            spec.Gate(
+                [spec.Activation("tanh")],
+                [spec.AvgPool((8, 8)), spec.Conv("c"), SIGMOID],
+            )
+        ],
+        IMAGES,
+    ),
+    "gated linear unit": (
+        lambda _, x: nn.glu(nn.Dense(6, name="d")(x)),
+        [
+            spec.Dense("d"),
+            spec.Gate(
+                [spec.Slice((0, 3), axis=-1)], [spec.Slice((3, 6), axis=-1), SIGMOID]
+            ),
+        ],
+        IMAGES,
+    ),
+    "class token": (
+        lambda _, x: nn.Dense(3, name="d")(nn.tanh(x)[:, 0]),
+        [spec.Activation("tanh"), spec.Slice(0), spec.Dense("d")],
+        (2, 5, 6),
+    ),
+    "learned positions": (
+        lambda module, x: nn.tanh(x) + param(module, "positions", 5, 6),
+        [spec.Activation("tanh"), spec.Bias("positions")],
+        (2, 5, 6),
+    ),
+    "layer scale": (
+        lambda module, x: nn.tanh(x) * param(module, "gamma", 6),
+        [spec.Activation("tanh"), spec.LayerScale("gamma")],
+        IMAGES,
+    ),
+    "layer scale called scale": (
+        lambda module, x: nn.tanh(x) * param(module, "scale", 6),
+        [spec.Activation("tanh"), spec.LayerScale("scale")],
+        IMAGES,
+    ),
+    "learned slope": (
+        lambda _, x: nn.PReLU(name="p")(x),
+        [spec.PReLU("p")],
+        IMAGES,
+    ),
+    "a bias after a root mean square": (
+        lambda module, x: (
+            nn.RMSNorm(name="n", use_scale=False)(x) + param(module, "bias", 6)
+        ),
+        [spec.RMSNorm(), spec.Bias("bias")],
+        IMAGES,
+    ),
+    "fixed positions": (
+        lambda _, x: nn.tanh(x) + jnp.sin(jnp.arange(30.0).reshape(5, 6)),
+        [
+            spec.Activation("tanh"),
+            spec.Residual([], [spec.Input((5, 6)), spec.Scale(0.6967)]),
+        ],
+        (2, 5, 6),
+    ),
+    "repeats": (
+        lambda _, x: nn.Dense(3, name="d")(jnp.repeat(nn.tanh(x), 2, axis=1)),
+        [spec.Activation("tanh"), spec.Resize((16, 8)), spec.Dense("d")],
+        IMAGES,
+    ),
+    "repeats at the end": (
+        lambda _, x: jnp.repeat(jnp.repeat(nn.tanh(x), 2, axis=1), 2, axis=2),
+        [spec.Activation("tanh"), spec.Resize((16, 16))],
+        IMAGES,
+    ),
+    "mixing of tokens": (
+        lambda _, x: (
+            x + jnp.swapaxes(nn.Dense(5, name="d")(jnp.swapaxes(x, 1, 2)), 1, 2)
+        ),
+        [
+            spec.Residual(
+                [spec.Transpose((1, 0)), spec.Dense("d"), spec.Transpose((1, 0))]
+            )
+        ],
+        (2, 5, 6),
+    ),
+    "space to depth": (
+        lambda _, x: nn.Conv(3, (3, 3), name="c")(nn.tanh(x).reshape((2, 8, 4, 12))),
+        [spec.Activation("tanh"), spec.Reshape((8, 4, 12)), spec.Conv("c")],
+        IMAGES,
+    ),
+    "pixel shuffle": (
+        lambda _, x: nn.Conv(3, (3, 3), name="c")(
+            nn.tanh(x)
+            .reshape((2, 8, 8, 2, 3, 1))
+            .transpose((0, 1, 3, 2, 4, 5))
+            .reshape((2, 16, 24, 1))
+        ),
+        [
+            spec.Activation("tanh"),
+            spec.Reshape((8, 8, 2, 3)),
+            spec.Transpose((0, 2, 1, 3)),
+            spec.Reshape((16, 24, 1)),
+            spec.Conv("c"),
+        ],
+        IMAGES,
+    ),
+    "un-flatten": (
+        lambda _, x: nn.Conv(3, (3, 3), name="c")(
+            nn.Dense(96, name="d")(x).reshape((2, 4, 4, 6))
+        ),
+        [spec.Dense("d"), spec.Reshape((4, 4, 6)), spec.Conv("c")],
+        (2, 5),
+    ),
+    "folded batch": (
+        lambda _, x: nn.Dense(3, name="d")(nn.tanh(x).reshape((10, 6))),
+        [spec.Activation("tanh"), spec.Dense("d")],
+        (2, 5, 6),
+    ),
+    "a block of positions": (
+        lambda _, x: nn.tanh(x)[:, 2:5],
+        [spec.Activation("tanh"), spec.Slice((2, 5), axis=-3)],
+        IMAGES,
+    ),
+}
+
+
 @pytest.mark.parametrize("case", CONSTRUCTS)
 def test_constructs(case):
     function, declared, shape = CONSTRUCTS[case]

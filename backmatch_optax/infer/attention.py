@@ -1,0 +1,292 @@
+"""How attention is recognised: values weighted by a softmax of queries times keys."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from backmatch_optax.infer import graph
+from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.links import (
+    Heads,
+    Step,
+    Unknown,
+    description,
+    dropout,
+    numbers,
+    origin,
+    rule,
+)
+
+
+@rule("attention")
+def attention(node: Node) -> Step:
+    """`DotProductAttention`: values weighted by a softmax of queries times keys.
+
+    Masks of padding, which depend on the input, count as full. Dropout of the weights
+    and a bound on the logits by `tanh` are left out.
+    """
+    for which in (0, 1):
+        found = _weights(node.operands[which])
+        if found is not None:
+            break
+    else:
+        raise Unknown(
+            node,
+            f"{node.op} multiplies two signals, which is attention only where one of "
+            "them is a softmax",
+        )
+    softmax, over, moves = found
+    values, logits = node.operands[1 - which], _logits(softmax)
+    assert logits is not None
+    scores, factor, masks, axes = _scores(node, logits)
+    contracted, batched = numbers(scores)
+    # The axes of the scores: those that go along, then the others of either side.
+    free = [
+        [
+            axis
+            for axis in range(len(operand.shape))
+            if axis not in (*contracted[side], *batched[side])
+        ]
+        for side, operand in enumerate(scores.operands)
+    ]
+    owners = [(0, axis) for axis in batched[0]]
+    owners += [(side, axis) for side in (0, 1) for axis in free[side]]
+    chosen = axes[over]
+    if len(chosen) != 1 or chosen[0][1:] != (1, scores.shape[chosen[0][0]]):
+        raise Unknown(node, "the softmax is not over one axis of the keys")
+    keyed = chosen[0][0]
+    side = owners[keyed][0]  # that of the keys
+    query, key = scores.operands[1 - side], scores.operands[side]
+    if keyed < len(batched[0]) or len(free[side]) != 1:
+        raise Unknown(node, "the softmax is not over the positions of the keys")
+    for move in moves:
+        axes = graph.moved(move, axes)
+    weighted, along = numbers(node)
+    if [axes[axis] for axis in weighted[which]] != [chosen]:
+        raise Unknown(node, f"{node.op} is not over the axis that the softmax is over")
+    # The queries' axis of each axis of the scores.
+    of_query = dict(zip(range(len(batched[0])), batched[1 - side], strict=False))
+    of_query |= {
+        at: axis
+        for at, (s, axis) in enumerate(owners)
+        if s != side and at >= len(batched[0])
+    }
+    inner = contracted[1 - side]
+    if len(inner) != 1:
+        raise Unknown(node, f"{scores.op} contracts several axes of queries and keys")
+
+    def out(axis: int) -> graph.Axis:
+        return tuple((of_query[at], within, size) for at, within, size in axes[axis])
+
+    rank = len(node.operands[which].shape)
+    rest = [a for a in range(rank) if a not in (*weighted[which], *along[which])]
+    features = [
+        axis
+        for axis in range(len(values.shape))
+        if axis not in (*weighted[1 - which], *along[1 - which])
+    ]
+    if len(features) != 1 or len(weighted[which]) != 1:
+        raise Unknown(node, f"{node.op} contracts several axes of weights and values")
+    size = values.shape[features[0]]
+    by_side = [[out(axis) for axis in rest], [((inner[0], 1, size),)]]
+    outcome = [out(axis) for axis in along[which]]
+    outcome += by_side[which] + by_side[1 - which]
+    positions = [at for at, axis in of_query.items() if axis in free[1 - side]]
+    causal, attended = _attended(node, scores, masks, positions, keyed)
+    heads = Heads(
+        query=_roles(query, inner, batched[1 - side]),
+        key=_roles(key, contracted[side], batched[side]),
+        value=_roles(values, features, along[1 - which]),
+        out=outcome,
+        factor=factor,
+        causal=causal,
+        attended=attended,
+    )
+    ends = (query, key, values)
+    source = functools.reduce(graph.common_dominator, ends)
+    return Step(node, source, ends=ends, joins="attention", heads=heads, opaque=True)
+
+
+def _roles(node: Node, contracted: Sequence[int], along: Sequence[int]) -> str:
+    """A letter for each axis, as in `Heads`."""
+    return "".join(
+        "d" if axis in contracted else "b" if axis in along else "p"
+        for axis in range(len(node.shape))
+    )
+
+
+def _weights(node: Node) -> tuple[Node, int, list[Node]] | None:
+    """The softmax that a node is, the axis it is over, and the moves in between."""
+    moves: list[Node] = []
+    while True:
+        over = _softmax_axis(node)
+        if over is not None:
+            return node, over, moves[::-1]
+        if node.op in graph.MOVES:
+            moves.append(node)
+            node = node.flow[0]
+            continue
+        for source in itertools.islice(node.dominators(), 4):
+            try:
+                piece = graph.evaluate(node, source)
+            except graph.Unmatched:
+                return None
+            if dropout(piece, node, source):
+                node = source
+                break
+        else:
+            return None
+
+
+def _softmax_axis(node: Node) -> int | None:
+    """Over which axis a softmax ends in a node, None where none does."""
+    if node.op != "div" or len(node.flow) != 2:
+        return None
+    exponential, total = node.operands
+    while total.op in graph.MOVES:
+        total = total.operands[0]
+    if total.op != "reduce_sum" or total.operands != (exponential,):
+        return None
+    axes = total.options["axes"]
+    return int(axes[0]) if exponential.op == "exp" and len(axes) == 1 else None
+
+
+def _logits(softmax: Node) -> Node | None:
+    """What a softmax is of; what is the same for all of them does not matter."""
+    (logits,), over = softmax.operands[0].operands, _softmax_axis(softmax) or 0
+    while logits.op == "sub":
+        shift = logits.operands[1]
+        if shift.op == "broadcast_in_dim":
+            sizes, places = (
+                shift.operands[0].shape,
+                shift.options["broadcast_dimensions"],
+            )
+            kept = any(t == over and sizes[at] > 1 for at, t in enumerate(places))
+        else:
+            kept = len(shift.shape) > 0 and shift.shape[over] > 1
+        if kept:
+            break
+        logits = logits.operands[0]
+    return logits
+
+
+def _scores(
+    node: Node, logits: Node
+) -> tuple[Node, float, list[tuple[Node, Any]], Sequence[graph.Axis]]:
+    """The product of queries and keys that logits come from.
+
+    Returns:
+      The product, what it is multiplied by, the masks with their axes in those of the
+      product, and where the axes of the product are in the logits.
+    """
+    factor, trail, at = 1.0, list[Node](), logits
+    while at.op != "dot_general" or len(at.flow) != 2:
+        if len(at.flow) != 1:
+            raise Unknown(node, f"the logits of attention come from {at.op}")
+        others = [operand for operand in at.operands if not operand.flows]
+        if at.op in ("mul", "div") and at.operands[0].flows:
+            constant = _constant(others[0])
+            if constant is None:
+                what = description(others[0])
+                raise Unknown(node, f"the logits of attention are multiplied by {what}")
+            factor *= constant if at.op == "mul" else 1 / constant
+        elif at.op not in (*graph.MOVES, "tanh", "select_n", "add"):
+            raise Unknown(node, f"the logits of attention pass through {at.op}")
+        trail.append(at)
+        (at,) = at.flow
+    sizes = enumerate(at.shape)
+    axes: Sequence[graph.Axis] = [((i, 1, n),) if n > 1 else () for i, n in sizes]
+    masks = []
+    for step in reversed(trail):
+        if step.op in graph.MOVES:
+            axes = graph.moved(step, axes)
+        elif step.op in ("select_n", "add"):
+            masks.append((step, axes))
+    return at, factor, masks, axes
+
+
+def _constant(node: Node) -> float | None:
+    """The one number that a value consists of, None where there is none."""
+    node = origin(node)
+    if node.value is not None:
+        return float(node.value)
+    try:
+        one = math.prod(node.shape) == 1
+        return float(graph.entries(node, [0] * len(node.shape))) if one else None
+    except graph.Unmatched:
+        return None
+
+
+def _attended(
+    node: Node,
+    scores: Node,
+    masks: Sequence[tuple[Node, Any]],
+    positions: Sequence[int],
+    keyed: int,
+) -> tuple[bool, float | None]:
+    """What masks leave: whether it is causal, and how many positions if not all.
+
+    Args:
+      node: the attention, for messages.
+      scores: the product of queries and keys.
+      masks: nodes that apply one, with the axes of the scores in theirs.
+      positions: the axes of the scores that are positions of the queries.
+      keyed: that of the keys.
+    """
+    sizes = scores.shape
+    own = max(positions, key=lambda axis: sizes[axis], default=keyed)
+    rows = np.unique(np.linspace(0, sizes[own] - 1, 64).astype(int))[:, None]
+    columns = np.arange(sizes[keyed])[None]
+    allowed = np.ones((len(rows), sizes[keyed]), bool)
+    for mask, axes in masks:
+        index: list[Any] = [
+            columns
+            if axis == ((keyed, 1, sizes[keyed]),)
+            else rows
+            if axis == ((own, 1, sizes[own]),)
+            else 0
+            for axis in axes
+        ]
+        try:
+            values = [
+                None if operand.flows else graph.entries(operand, _at(operand, index))
+                for operand in mask.operands
+            ]
+        except graph.Unmatched as error:
+            raise Unknown(
+                node, f"the logits of attention meet {description(error.node)}"
+            ) from None
+        if mask.op == "add":
+            (added,) = (value for value in values if value is not None)
+            allowed &= np.broadcast_to(added > -1e3, allowed.shape)
+            hidden = np.where(allowed, added, 0)
+        else:
+            case = mask.operands.index(mask.flow[0])
+            allowed &= np.broadcast_to(
+                np.asarray(values[0], int) == case - 1, allowed.shape
+            )
+            (hidden,) = (v for v in values[1:] if v is not None)
+            hidden = np.where(np.asarray(hidden) > -1e3, 1, 0)
+        if np.any(hidden):
+            raise Unknown(node, "the logits of attention meet numbers that are no mask")
+    if allowed.all():
+        return False, None
+    counts = np.maximum(allowed.sum(1), 1)
+    most = int(counts.max())
+    square = sizes[own] == sizes[keyed]
+    before = columns <= rows
+    if square and (allowed == (before & (columns > rows - most))).all():
+        whole = most == sizes[keyed]
+        return True, None if whole else float(most)
+    return False, max(float(f"{1 / np.mean(1 / counts):.4g}"), 1.0001)
+
+
+def _at(operand: Node, index: Sequence[Any]) -> list[Any]:
+    sizes = zip(operand.shape, index if operand.shape else (), strict=True)
+    return [0 if size == 1 else at for size, at in sizes]
