@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import json
 import platform
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
@@ -282,7 +283,8 @@ def matrices(params: optax.Params) -> optax.Params:
 
 
 MakeOptimizer = Callable[
-    [optax.ScalarOrSchedule, spec.LayerChain], optax.GradientTransformationExtraArgs
+    [str, optax.ScalarOrSchedule, spec.LayerChain],
+    optax.GradientTransformationExtraArgs,
 ]
 State = dict[str, Any]
 
@@ -308,28 +310,39 @@ class Trainer:
 
     Args:
       size: of the model.
-      make_optimizer: of a schedule and the model's chain.
+      method: the optimizer's name.
       text: what to train on.
       steps: how many.
       batch_size: sequences in a step.
       every: how many steps lie between validations; it must divide `steps`.
+      make_optimizer: of the name, a schedule and the model's chain.
     """
 
     def __init__(
         self,
         size: Size,
-        make_optimizer: MakeOptimizer,
+        method: str,
         text: Text,
         *,
         steps: int,
         batch_size: int,
         every: int,
+        make_optimizer: MakeOptimizer = optimizer,
     ):
         if steps % every:
             raise ValueError(f"every (={every}) must divide steps (={steps})")
         self.size, self.steps, self.every = size, steps, every
         self.chain = declared(size)
-        self._make_optimizer, self._batch_size = make_optimizer, batch_size
+        self._make_optimizer = functools.partial(make_optimizer, method)
+        self._batch_size = batch_size
+        self._identity = {
+            "method": method,
+            "steps": steps,
+            "batch_size": batch_size,
+            "every": every,
+            **dataclasses.asdict(size),
+            "sha256": text.source["sha256"],
+        }
         self._train = jnp.asarray(text.train)
         self.validation = windows(text.validation, size.context, 64)
         abstract = nnx.eval_shape(lambda: GPT(size, rngs=nnx.Rngs(0)))
@@ -362,7 +375,7 @@ class Trainer:
           directory: for checkpoints, one after each validation; None for none.
 
         Raises:
-          SystemExit: where a checkpoint cannot be read.
+          SystemExit: where the directory has checkpoints of another run.
         """
         blank = functools.partial(np.full, fill_value=np.nan)
         history = History(blank(self.steps), blank(self.steps // self.every + 1))
@@ -372,20 +385,14 @@ class Trainer:
         )
         checkpoints = None
         if directory is not None:
-            checkpoints = ocp.CheckpointManager(directory.absolute(), options=options)
+            _claim(directory, self._identity | {"rate": rate, "seed": seed})
+            checkpoints = ocp.CheckpointManager(
+                directory.absolute() / "steps", options=options
+            )
             done = checkpoints.latest_step() or 0
         if checkpoints and done:
             template = {"state": state, "history": dataclasses.asdict(history)}
-            try:
-                saved = checkpoints.restore(
-                    done, args=ocp.args.StandardRestore(template)
-                )
-            except Exception as error:  # Orbax and its stores have many kinds
-                raise SystemExit(
-                    f"The checkpoint {directory}/{done} is not of this run, or cannot "
-                    f"be read ({type(error).__name__}: {error}). Give another "
-                    "--checkpoints, or remove it."
-                ) from error
+            saved = checkpoints.restore(done, args=ocp.args.StandardRestore(template))
             state, history = saved["state"], History(**saved["history"])
         else:
             history.validation[0] = self.validation_loss(state["params"])
@@ -478,6 +485,26 @@ class Trainer:
         return jax.random.categorical(key, logits / temperature)
 
 
+def _claim(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Writes down whose checkpoints a directory has, or sees that they are the same."""
+    file = directory / "run.json"
+    if not file.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(identity, indent=1) + "\n")
+        return
+    found = json.loads(file.read_text())
+    other = [
+        f"{name} {found.get(name)} instead of {value}"
+        for name, value in identity.items()
+        if found.get(name) != value
+    ]
+    if other:
+        raise SystemExit(
+            f"{directory} has the checkpoints of another run, with {', '.join(other)}. "
+            "Give another directory, or remove it."
+        )
+
+
 def windows(tokens: np.ndarray, context: int, most: int) -> jax.Array:
     """At most so many stretches of a text, evenly spaced, with their next tokens."""
     count = min(most, (len(tokens) - 1) // context)
@@ -555,7 +582,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
     print(", ".join(f"{name} {value}" for name, value in text.source.items()))
     trainer = Trainer(
         size,
-        functools.partial(optimizer, options.method),
+        options.method,
         text,
         steps=options.steps,
         batch_size=options.batch_size,

@@ -249,9 +249,10 @@ class Study:
         return float("inf") if record["diverged"] else record["validation"][-1]
 
     def _new_trainer(self, method: str) -> lm.Trainer:
-        make = functools.partial(optimizer, method)
         numbers = dataclasses.asdict(self._protocol)
-        return lm.Trainer(self._size, make, self._text, **numbers)
+        return lm.Trainer(
+            self._size, method, self._text, make_optimizer=optimizer, **numbers
+        )
 
     def _train(self, method: str, rate: float, seed: int) -> Record:
         trainer = self._trainer(method)
@@ -522,8 +523,8 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
         "",
         "## Tuning",
         "",
-        "Validation loss after the last step, the mean of the seeds for tuning. Every run "
-        "of the method counts in the last two columns, also at rates tried on the way.",
+        "Validation loss after the last step, the mean of the two seeds for tuning. "
+        "The last two columns count every run of the method.",
         "",
         "| method | loss by rate | runs | diverged |",
         "|---|---|---|---|",
