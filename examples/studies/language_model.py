@@ -1,9 +1,10 @@
 """A small GPT under many optimizers: back-matched scales before SGD and after others.
 
-Each method gets the same number of learning rates, half an octave apart, with two seeds
-each. Where the best of them is at an end of its grid, the grid is extended. Three other
-seeds of the best rate then meet. Scales of the layers by their role, from the closed
-form and measured, are a picture of their own.
+Each method gets the same number of learning rates, half an octave apart, with one
+seed. Where the best of them is at an end of its grid, the grid is extended. Three other
+seeds of the best rate then meet; where one of them diverges, three of the next best.
+Scales of the layers by their role, from the closed form and measured, are a picture of
+their own.
 
     python -m examples.studies.language_model
     python -m examples.studies.language_model --report
@@ -48,22 +49,15 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results" / "language_model"
 SIZE = lm.Size(layers=4, width=64, heads=4, context=64)
-# The models whose scales are compared. Flax's own embeddings are of the second's size.
-# The third is as large as GPT-2, too large to be measured in seconds.
+# The models whose scales are compared. Flax's own embeddings are of the third's size,
+# and GPT-2's vocabulary is of the fourth's.
 PICTURED = {
-    "the study's model": SIZE,
-    "with small embeddings": dataclasses.replace(SIZE, embedding=SIZE.width**-0.5),
-    "of GPT-2's size": lm.Size(
-        layers=12,
-        width=768,
-        heads=12,
-        context=1024,
-        norm="layer",
-        embedding=0.02,
-        tokens=50257,
-    ),
+    "at initialisation": SIZE,
+    "after 300 steps of AdamW": SIZE,
+    "small embeddings": dataclasses.replace(SIZE, embedding=SIZE.width**-0.5),
+    "50,257 tokens": dataclasses.replace(SIZE, tokens=50257),
 }
-TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2)
+TUNING_SEED, SEEDS = 100, (0, 1, 2)
 RATES, MOST_RATES = 5, 10  # of a method's grid, before and after it is extended
 
 # Learning rates of "Blockwise Learning Rate" (arXiv 2502.19002), as multiples of the
@@ -208,22 +202,26 @@ class Study:
                 )
 
     def __call__(self, methods: Sequence[str], seeds: Sequence[int]) -> None:
-        """Tunes each method and trains the best rate with every seed."""
+        """Tunes each method and trains the best rate with every seed.
+
+        Where one of them diverges, the next best rate is taken.
+        """
         with tqdm(methods, unit="method") as bar:
             for method in bar:
                 bar.set_description(method)
-                rate = self.tuned(method)
-                for seed in seeds:
-                    self.loss(method, rate, seed)
+                for rate in self.tuned(method):
+                    losses = [self.loss(method, rate, seed) for seed in seeds]
+                    if np.isfinite(losses).all():
+                        break
                 self._trainer.cache_clear()
 
-    def tuned(self, method: str) -> float:
-        """The best rate of a grid that goes on where its best is at an end."""
+    def tuned(self, method: str) -> list[float]:
+        """The rates, best first, of a grid that goes on where its best is at an end."""
         first = MIDDLES[method] - (RATES - 1) / 4
         powers = [first + index / 2 for index in range(RATES)]
 
         def loss(power: float) -> float:
-            return sum(self.loss(method, 2.0**power, seed) for seed in TUNING_SEEDS)
+            return self.loss(method, 2.0**power, TUNING_SEED)
 
         losses = {power: loss(power) for power in powers}
         while len(losses) < MOST_RATES:
@@ -235,7 +233,7 @@ class Study:
             else:
                 break
             losses[power] = loss(power)
-        return 2.0 ** min(losses, key=lambda power: losses[power])
+        return [2.0**power for power in sorted(losses, key=lambda power: losses[power])]
 
     def loss(self, method: str, rate: float, seed: int) -> float:
         """The last validation loss of a run; infinite where it diverged."""
@@ -290,15 +288,28 @@ def load(path: Path) -> list[Record]:
 
 
 def scales_by_layer(
-    size: lm.Size, text: lm.Text | None = None
+    size: lm.Size, text: lm.Text, steps: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """The scales of every layer at initialisation, with those measured on a text.
+    """The scales of every layer, with those measured on a text.
 
     None is normalised: the head's scale is about one over the number of positions.
+
+    Args:
+      size: of the model.
+      text: to train and to measure on.
+      steps: how many the model is trained by AdamW.
     """
     chain = lm.declared(size)
-    model = jax.jit(lambda: nnx.state(lm.GPT(size, rngs=nnx.Rngs(0)), nnx.Param))
-    params = model()
+    if steps:
+        batch = Protocol.batch_size
+        trainer = lm.Trainer(
+            size, "adamw", text, steps=steps, batch_size=batch, every=steps
+        )
+        state, _ = trainer.run(2.0 ** MIDDLES["adamw"], 0)
+        params = state["params"]
+    else:
+        model = jax.jit(lambda: nnx.state(lm.GPT(size, rngs=nnx.Rngs(0)), nnx.Param))
+        params = model()
     declared = {
         gains: bmo.layer_scales(
             chain, params, gains=gains, norm_floor=0, normalize=False
@@ -310,13 +321,12 @@ def scales_by_layer(
         | {gains: float(scales[path]) for gains, scales in declared.items()}
         for path in chain.paths
     }
-    if text is None:
-        return found
     graph = nnx.graphdef(nnx.eval_shape(lambda: lm.GPT(size, rngs=nnx.Rngs(0))))
+    sequences = max(6400 // size.tokens, 4)  # logits are the most of the memory
     measured = bmo.measure_layer_scales(
         lambda params, tokens: nnx.merge(graph, params)(tokens),
         params,
-        lm.windows(text.train, size.context, 64)[:, :-1],
+        lm.windows(text.train, size.context, sequences)[:, :-1],
         key=jax.random.key(0),
         num_probes=16,
         layer_of=main_layer,
@@ -343,23 +353,22 @@ def by_role(scales: Mapping[str, Record], kind: str) -> dict[str, float]:
 
 def plot_scales(scales: Mapping[str, Mapping[str, Record]], path: Path) -> None:
     """Scales by role, those of the closed form beside those that were measured."""
+    columns = -(-len(scales) // 2)
     figure, panels = plt.subplots(
-        1,
-        len(scales),
-        figsize=(4.2 * len(scales), 4.4),
+        2,
+        columns,
+        figsize=(5 * columns, 8),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     roles = list(by_role(next(iter(scales.values())), "mean_field"))
     looks = {
-        "mean_field": ("o", "C0", -0.15, "closed form, before training"),
+        "mean_field": ("o", "C0", -0.15, "closed form"),
         "measured": ("s", "C1", 0.15, "measured at the same weights"),
     }
-    for axes, (title, layers) in zip(panels[0], scales.items(), strict=True):
+    for axes, (title, layers) in zip(panels.flat, scales.items(), strict=False):
         for kind, (marker, color, shift, label) in looks.items():
-            if any(kind not in layer for layer in layers.values()):
-                continue
             means = by_role(layers, kind)
             for layer in layers.values():
                 place = roles.index(layer["role"]) + shift
@@ -377,14 +386,17 @@ def plot_scales(scales: Mapping[str, Mapping[str, Record]], path: Path) -> None:
             mfc="none",
             label="rates of Blockwise Learning Rate",
         )
-        axes.set(xscale="log", xlabel="scale over the norms'", title=title)
+        axes.set(xscale="log", title=title)
         axes.grid(axis="x", color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels.flat[len(scales) :]:
+        axes.set_axis_off()
     panels[0, 0].set_yticks(range(len(roles)), roles)
     panels[0, 0].set_ylim(len(roles) - 0.5, -0.5)
+    figure.supxlabel("scale over that of the norms inside the blocks", size=10)
     lines, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(lines, labels, ncols=3, frameon=False, loc="outside lower center")
+    figure.legend(lines, labels, ncols=3, frameon=False, loc="outside upper center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -393,8 +405,9 @@ def plot_scales(scales: Mapping[str, Mapping[str, Record]], path: Path) -> None:
 class Summary:
     """What is known of a method."""
 
-    tuning: dict[float, float]  # mean of the last losses by rate; infinite: diverged
-    rate: float  # the best
+    tuning: dict[float, float]  # last loss by rate; infinite where it diverged
+    rate: float  # the best of those at which no seed diverged
+    given_up: list[float]  # better ones
     curves: np.ndarray  # validation losses of its seeds; shape=(seeds, evaluations)
     runs: int
     diverged: int  # of the runs
@@ -410,26 +423,24 @@ def summaries(runs: Sequence[Record]) -> dict[str, Summary]:
     found = {}
     for method in dict.fromkeys(record["method"] for record in runs):
         own = [record for record in runs if record["method"] == method]
-        losses: dict[float, list[float]] = {}
-        for r in own:
-            if r["seed"] in TUNING_SEEDS:
-                last = float("inf") if r["diverged"] else r["validation"][-1]
-                losses.setdefault(r["rate"], []).append(last)
-        # A rate that only some of the seeds have tried cannot be compared.
-        most = max(map(len, losses.values()), default=0)
         tuning = {
-            rate: float(np.mean(last))
-            for rate, last in sorted(losses.items())
-            if len(last) == most
+            r["rate"]: float("inf") if r["diverged"] else r["validation"][-1]
+            for r in sorted(own, key=lambda record: record["rate"])
+            if r["seed"] == TUNING_SEED
         }
-        if not tuning:
-            continue
-        rate = min(tuning, key=lambda rate: tuning[rate])
-        seeds = [r for r in own if r["seed"] not in TUNING_SEEDS and r["rate"] == rate]
-        if seeds:
+        diverged = sum(r["diverged"] for r in own)
+        given_up: list[float] = []
+        for rate in sorted(tuning, key=lambda rate: tuning[rate]):
+            seeds = [r for r in own if r["seed"] in SEEDS and r["rate"] == rate]
+            if not seeds:
+                break
             curves = np.array([r["validation"] for r in seeds], float)
-            diverged = sum(r["diverged"] for r in own)
-            found[method] = Summary(tuning, rate, curves, len(own), diverged)
+            found[method] = Summary(
+                tuning, rate, [*given_up], curves, len(own), diverged
+            )
+            if not any(r["diverged"] for r in seeds):
+                break
+            given_up.append(rate)
     return dict(sorted(found.items(), key=lambda pair: pair[1].last.mean()))
 
 
@@ -481,9 +492,10 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
         f"{source['sha256'][:16]}). The rate rises over a twentieth of the steps, then "
         "falls linearly to zero. Nothing decays.",
         "",
-        f"Each method had {RATES} rates, half an octave apart, with two seeds. Where "
+        f"Each method had {RATES} rates, half an octave apart, with one seed. Where "
         "the best was at an end, the grid was extended. Other seeds at the best rate "
-        "give the validation loss after the last step, in nats per character. "
+        "give the validation loss after the last step, in nats per character. Where "
+        "one of them diverged, the next best rate was taken, with the same seeds. "
         "Differences have unpaired 95 % intervals (Welch).",
         "",
         "| method | rate | seeds | loss | less SGD's | less AdamW's | less Muon's |",
@@ -497,6 +509,9 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
             cells.append(f"{last.mean():.3f}{spread}")
         else:
             cells.append(f"{np.isinf(last).sum()} diverged")
+        if summary.given_up:
+            tried = ", ".join(f"{rate:.3g}" for rate in summary.given_up)
+            cells[1] += f" (a seed diverged at {tried})"
         for other in ("sgd", "adamw", "muon"):
             known = other in found and other != method
             cells.append(between(welch(last, found[other].last)) if known else "")
@@ -523,8 +538,8 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
         "",
         "## Tuning",
         "",
-        "Validation loss after the last step, the mean of the two seeds for tuning. "
-        "The last two columns count every run of the method.",
+        f"Validation loss after the last step with seed {TUNING_SEED}. The last two "
+        "columns count every run of the method, whatever its seed.",
         "",
         "| method | loss by rate | runs | diverged |",
         "|---|---|---|---|",
@@ -554,14 +569,12 @@ def scale_tables(scales: Mapping[str, Mapping[str, Record]]) -> list[str]:
     ]
     for title, layers in scales.items():
         kinds = {
-            kind: by_role(layers, kind)
-            for kind in ("mean_field", "paper", "measured")
-            if kind in next(iter(layers.values()))
+            kind: by_role(layers, kind) for kind in ("mean_field", "paper", "measured")
         }
         names = {"mean_field": "mean-field gains", "paper": "papers' gains"}
         lines += [
             "",
-            f"The model {title}:" if title.startswith(("of", "with")) else f"{title}:",
+            f"### {title[0].upper()}{title[1:]}",
             "",
             f"| role | {' | '.join(names.get(k, k) for k in kinds)} | Blockwise |",
             "|---" * (2 + len(kinds)) + "|",
@@ -570,15 +583,39 @@ def scale_tables(scales: Mapping[str, Mapping[str, Record]]) -> list[str]:
             cells = [f"{means[name] / means['norm']:.2g}" for means in kinds.values()]
             theirs = BLOCKWISE.get(name, 1.0 if "norm" in name else None)
             lines.append(f"| {name} | {' | '.join(cells)} | {theirs or ''} |")
-        if "measured" in kinds:
-            ratios = {p: v["mean_field"] / v["measured"] for p, v in layers.items()}
-            low, high = (f(ratios, key=lambda p: ratios[p]) for f in (min, max))
-            lines += [
-                "",
-                "Declared over measured, layer by layer, with mean-field gains: "
-                f"{ratios[low]:.2f} ({low}) to {ratios[high]:.2f} ({high}).",
-            ]
+        ratios = {p: v["mean_field"] / v["measured"] for p, v in layers.items()}
+        low, high = (f(ratios, key=lambda p: ratios[p]) for f in (min, max))
+        lines += [
+            "",
+            "Declared over measured, layer by layer, with mean-field gains: "
+            f"{ratios[low]:.2f} ({low}) to {ratios[high]:.2f} ({high}).",
+        ]
+        for kind in kinds:
+            order = " < ".join(pooled(layers, kind))
+            lines += ["", f"From least sharp, {names.get(kind, kind)}: {order}."]
     return lines
+
+
+def pooled(layers: Mapping[str, Record], kind: str) -> dict[str, float]:
+    """Mean curvatures of the blocks of the Blockwise paper, the least first.
+
+    The paper has Emb << QK < FFN < VO << Norm. It pools queries with keys, values with
+    outputs, and all kernels of an MLP.
+    """
+    blocks = {
+        "Emb": ("embedding",),
+        "QK": ("query", "key"),
+        "VO": ("value", "output"),
+        "FFN": ("up", "gate", "down"),
+        "Norm": ("norm", "last norm"),
+    }
+    means = {
+        block: float(
+            np.mean([1 / v[kind] for v in layers.values() if v["role"] in roles])
+        )
+        for block, roles in blocks.items()
+    }
+    return dict(sorted(means.items(), key=lambda pair: pair[1]))
 
 
 def plot_curves(found: Mapping[str, Summary], every: int, path: Path) -> None:
@@ -608,6 +645,8 @@ def plot_curves(found: Mapping[str, Summary], every: int, path: Path) -> None:
             alpha=0.2,
         )
     left.set(xlabel="step", ylabel="validation loss, nats per character")
+    lowest = min(summary.curves[:, -1].min() for summary in found.values())
+    left.set_ylim(lowest - 0.05, lowest + 1.2)
     left.legend(frameon=False, fontsize=8)
     if "sgd" in found and np.isfinite(found["sgd"].last).all():
         rows: list[tuple[str, Difference | None]] = [
@@ -623,13 +662,13 @@ def plot_curves(found: Mapping[str, Summary], every: int, path: Path) -> None:
 
 
 def write_scales(path: Path, text: lm.Text) -> None:
-    """The scales of all models that are pictured, where there is no such file."""
-    if not path.exists():
-        found = {
-            title: scales_by_layer(size, text if size.tokens == lm.TOKENS else None)
-            for title, size in PICTURED.items()
-        }
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    """Adds the scales of the models that are pictured and not in the file yet."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for title, size in PICTURED.items():
+        if title not in found:
+            steps = Protocol.steps if title.startswith("after") else 0
+            found[title] = scales_by_layer(size, text, steps)
+            path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def write_report(directory: Path) -> None:
@@ -671,9 +710,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = lm.read_text()
         protocol = Protocol(options.steps, options.batch_size, options.every)
         with records.alone_with(options.results / "runs.jsonl"):
-            write_scales(options.results / "scales.json", text)
             study = Study(text, protocol, options.results / "runs.jsonl", size)
             study(options.methods, options.seeds)
+            write_scales(options.results / "scales.json", text)
     write_report(options.results)
 
 

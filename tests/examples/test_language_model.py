@@ -283,17 +283,47 @@ class Losses(study.Study):
 def test_a_grid_goes_on_where_its_best_is_at_an_end(off):
     middle = study.MIDDLES["sgd"]
     losses = Losses(middle + off)
-    assert losses.tuned("sgd") == pytest.approx(2.0 ** (middle + off))
-    assert len(losses.tried) == 2 * len(set(losses.tried))  # with two seeds
-    powers = sorted(np.log2([*set(losses.tried)]) - middle)
+    assert losses.tuned("sgd")[0] == pytest.approx(2.0 ** (middle + off))
+    powers = sorted(np.log2(losses.tried) - middle)
     expected = np.arange(min(-1.0, off - 0.5), max(1.0, off + 0.5) + 0.1, 0.5)
     np.testing.assert_allclose(powers, expected)
+
+
+def test_the_next_best_rate_is_taken_where_a_seed_diverges():
+    def record(rate, seed, last):
+        diverged = last is None
+        validation = [5.0, last]
+        run = {"method": "sgd", "rate": rate, "seed": seed}
+        return run | {"diverged": diverged, "validation": validation}
+
+    runs = [record(rate, 100, 2 - rate) for rate in (0.1, 0.2, 0.3)]
+    runs += [record(0.3, 0, 1.5), record(0.3, 1, None)]
+    found = study.summaries(runs)["sgd"]
+    assert (found.rate, found.given_up, found.diverged) == (0.3, [], 1)
+    assert found.last.tolist() == [1.5, np.inf]
+    runs += [record(0.2, 0, 1.7), record(0.2, 1, 1.9)]
+    found = study.summaries(runs)["sgd"]
+    assert (found.rate, found.given_up, found.diverged) == (0.2, [0.3], 1)
+    assert found.last.tolist() == [1.7, 1.9]
 
 
 def test_a_grid_ends_some_time():
     losses = Losses(100.0)
     losses.tuned("sgd")
-    assert len(set(losses.tried)) == study.MOST_RATES
+    assert len(losses.tried) == study.MOST_RATES
+
+
+def test_blocks_of_the_paper_are_pooled_by_curvature():
+    roles = ("embedding", "query", "key", "value", "output", "up", "down", "norm")
+    scales = (1 / 8, 1.0, 1 / 3, 1.0, 1 / 9, 1.0, 1 / 5, 1 / 4)
+    layers = {
+        f"layer_{index}": {"role": name, "paper": scale}
+        for index, (name, scale) in enumerate(zip(roles, scales, strict=True))
+    }
+    expected = {"QK": 2, "FFN": 3, "Norm": 4, "VO": 5, "Emb": 8}
+    found = study.pooled(layers, "paper")
+    assert list(found) == list(expected)
+    assert found == pytest.approx(expected)
 
 
 def test_when_a_curve_reaches_a_loss():
@@ -306,7 +336,8 @@ def test_when_a_curve_reaches_a_loss():
 def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "RATES", 2)
     monkeypatch.setattr(study, "MOST_RATES", 2)
-    small = {"tiny": TINY, "larger": dataclasses.replace(TINY, tokens=200)}
+    larger = dataclasses.replace(TINY, tokens=200)
+    small = {"tiny": TINY, "after training": TINY, "larger": larger}
     monkeypatch.setattr(study, "PICTURED", small)
     directory = tmp_path / "results" / "language_model"
     arguments = [
@@ -316,7 +347,7 @@ def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
     ]
     study.main(arguments)
     runs = study.load(directory / "runs.jsonl")
-    assert len(runs) == 2 * (2 * 2 + 2)
+    assert len(runs) == 2 * (2 + 2)
     assert {run["sha256"] for run in runs} == {lm.read_text().source["sha256"]}
     page = (directory / "README.md").read_text()
     assert "| sgd | " in page
@@ -326,7 +357,8 @@ def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
         assert picture.read_bytes().startswith(b"\x89PNG")
     scales = json.loads((directory / "scales.json").read_text())
     assert "measured" in scales["tiny"]["head"]
-    assert "measured" not in scales["larger"]["head"]
+    assert scales["larger"]["head"]["measured"] > 0
+    assert scales["tiny"] != scales["after training"]
     monkeypatch.setattr(study.Study, "_train", None)  # nothing is trained again
     study.main(arguments)
     assert study.load(directory / "runs.jsonl") == runs
