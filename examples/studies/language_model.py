@@ -41,7 +41,7 @@ from backmatch_optax.measured import module_of
 from backmatch_optax.parameters import text as path_text
 from examples import language_model as lm
 from examples.arguments import whole
-from examples.studies.cifar import records
+from examples.studies import results_file
 from examples.studies.intervals import Difference, forest, welch
 
 matplotlib.use("Agg")
@@ -243,7 +243,7 @@ class Study:
                 break
         else:
             record = self._train(**run)
-            records.append([record], self._results)
+            results_file.append([record], self._results)
         return float("inf") if record["diverged"] else record["validation"][-1]
 
     def _new_trainer(self, method: str) -> lm.Trainer:
@@ -709,7 +709,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report:
         text = lm.read_text()
         protocol = Protocol(options.steps, options.batch_size, options.every)
-        with records.alone_with(options.results / "runs.jsonl"):
+        with results_file.alone_with(options.results / "runs.jsonl"):
             study = Study(text, protocol, options.results / "runs.jsonl", size)
             study(options.methods, options.seeds)
             write_scales(options.results / "scales.json", text)
