@@ -1,4 +1,4 @@
-"""Normalisations (BM (36), LH (24))."""
+"""Normalisations (LH (16), BM (24); their rule is BM (36), LH (24))."""
 
 from __future__ import annotations
 
