@@ -325,18 +325,21 @@ def _integrals(
     )
     means = jnp.sqrt(offset) + jnp.sqrt(spread) * nodes
     values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]
-    outputs = phi(values)
+    # Beside the output in the middle, so that a small variance is no difference.
+    middle = phi(means)
+    rests = phi(values) - middle[:, None]
     # A larger signal meets those slopes in proportion less often.
     size = jnp.sqrt(variance + spread + offset)
     rarer = jnp.maximum(size / dense, 1.0)
     # Elementwise, so that one product with ones is the derivative of each.
     _, slopes = jax.jvp(phi, (values / rarer,), (jnp.ones_like(values),))
-    unit_means = outputs @ largest
+    # One product of matrices: XLA compiles each anew.
+    rest, square, slope = jnp.stack([rests, rests**2, slopes**2]) @ largest
+    unit_means = middle + rest
     common = density @ unit_means
-    deviations = outputs - unit_means[:, None]
     return (
-        density @ (deviations**2 @ largest),
+        density @ jnp.maximum(square - rest**2, 0.0),
         density @ (unit_means - common) ** 2,
         common**2,
-        density @ (slopes**2 @ largest) / rarer,
+        density @ slope / rarer,
     )
