@@ -41,7 +41,7 @@ from backmatch_optax.measured import module_of
 from backmatch_optax.parameters import text as path_text
 from examples import language_model as lm
 from examples.arguments import whole
-from examples.studies.cifar import records
+from examples.studies import results_file
 from examples.studies.intervals import Difference, forest, welch
 
 matplotlib.use("Agg")
@@ -194,7 +194,7 @@ class Study:
             "size": dataclasses.asdict(size),
             "sha256": text.source["sha256"],
         }
-        for record in load(results):
+        for record in results_file.read(results):
             if any(record[name] != value for name, value in self.identity.items()):
                 raise SystemExit(
                     f"{results} holds runs of another protocol, model or Python, which "
@@ -238,12 +238,12 @@ class Study:
     def loss(self, method: str, rate: float, seed: int) -> float:
         """The last validation loss of a run; infinite where it diverged."""
         run = {"method": method, "rate": rate, "seed": seed}
-        for record in load(self._results):
+        for record in results_file.read(self._results):
             if all(record[name] == value for name, value in run.items()):
                 break
         else:
             record = self._train(**run)
-            records.append([record], self._results)
+            results_file.append([record], self._results)
         return float("inf") if record["diverged"] else record["validation"][-1]
 
     def _new_trainer(self, method: str) -> lm.Trainer:
@@ -278,13 +278,6 @@ class Study:
 def _rounded(values: np.ndarray) -> list[float | None]:
     """Five digits; None for what is not a finite number, which JSON does not know."""
     return [float(f"{v:.5g}") if np.isfinite(v) else None for v in values]
-
-
-def load(path: Path) -> list[Record]:
-    """All runs, oldest first; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def scales_by_layer(
@@ -673,7 +666,7 @@ def write_scales(path: Path, text: lm.Text) -> None:
 
 def write_report(directory: Path) -> None:
     """README.md and both pictures, from what is in the directory."""
-    runs = load(directory / "runs.jsonl")
+    runs = results_file.read(directory / "runs.jsonl")
     scales = json.loads((directory / "scales.json").read_text())
     plot_scales(scales, directory.parent / "language_model_scales.png")
     found = summaries(runs)
@@ -709,7 +702,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.report:
         text = lm.read_text()
         protocol = Protocol(options.steps, options.batch_size, options.every)
-        with records.alone_with(options.results / "runs.jsonl"):
+        with results_file.alone_with(options.results / "runs.jsonl"):
             study = Study(text, protocol, options.results / "runs.jsonl", size)
             study(options.methods, options.seeds)
             write_scales(options.results / "scales.json", text)

@@ -17,6 +17,7 @@ import backmatch_optax as bmo
 from backmatch_optax.parameters import text as path_text
 from examples import language_model as lm
 from examples.studies import language_model as study
+from examples.studies import results_file
 
 TINY = lm.Size(layers=1, width=16, heads=2, context=16)
 ARGUMENTS = (
@@ -346,7 +347,7 @@ def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
         *("--results", str(directory)),
     ]
     study.main(arguments)
-    runs = study.load(directory / "runs.jsonl")
+    runs = results_file.read(directory / "runs.jsonl")
     assert len(runs) == 2 * (2 + 2)
     assert {run["sha256"] for run in runs} == {lm.read_text().source["sha256"]}
     page = (directory / "README.md").read_text()
@@ -361,6 +362,6 @@ def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
     assert scales["tiny"] != scales["after training"]
     monkeypatch.setattr(study.Study, "_train", None)  # nothing is trained again
     study.main(arguments)
-    assert study.load(directory / "runs.jsonl") == runs
+    assert results_file.read(directory / "runs.jsonl") == runs
     with pytest.raises(SystemExit, match=r"holds runs of another protocol"):
         study.main([*arguments, "--steps", "6"])
