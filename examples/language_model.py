@@ -8,8 +8,8 @@ for validation. A run prints losses, then a sample of what the model writes. Wit
 --checkpoints it can be stopped at any time: the same command goes on where it was.
 
 `declared` is the model's chain. The scales of "backmatch" are computed from it, those
-of "measured" come from the model itself. Where `infer_spec` finds the same chain, the
-inferred scales are the declared ones. So they are no method of their own.
+of "measured" come from the model itself. Those of the chain that `infer_spec` finds are
+the declared ones, so they are no method of their own.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class Study:
             "size": dataclasses.asdict(size),
             "sha256": text.source["sha256"],
         }
-        for record in load(results):
+        for record in results_file.read(results):
             if any(record[name] != value for name, value in self.identity.items()):
                 raise SystemExit(
                     f"{results} holds runs of another protocol, model or Python, which "
@@ -238,7 +238,7 @@ class Study:
     def loss(self, method: str, rate: float, seed: int) -> float:
         """The last validation loss of a run; infinite where it diverged."""
         run = {"method": method, "rate": rate, "seed": seed}
-        for record in load(self._results):
+        for record in results_file.read(self._results):
             if all(record[name] == value for name, value in run.items()):
                 break
         else:
@@ -278,13 +278,6 @@ class Study:
 def _rounded(values: np.ndarray) -> list[float | None]:
     """Five digits; None for what is not a finite number, which JSON does not know."""
     return [float(f"{v:.5g}") if np.isfinite(v) else None for v in values]
-
-
-def load(path: Path) -> list[Record]:
-    """All runs, oldest first; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def scales_by_layer(
@@ -673,7 +666,7 @@ def write_scales(path: Path, text: lm.Text) -> None:
 
 def write_report(directory: Path) -> None:
     """README.md and both pictures, from what is in the directory."""
-    runs = load(directory / "runs.jsonl")
+    runs = results_file.read(directory / "runs.jsonl")
     scales = json.loads((directory / "scales.json").read_text())
     plot_scales(scales, directory.parent / "language_model_scales.png")
     found = summaries(runs)

@@ -17,6 +17,7 @@ import backmatch_optax as bmo
 from backmatch_optax.parameters import text as path_text
 from examples import language_model as lm
 from examples.studies import language_model as study
+from examples.studies import results_file
 
 TINY = lm.Size(layers=1, width=16, heads=2, context=16)
 ARGUMENTS = (
@@ -79,15 +80,13 @@ def test_the_declared_chain_is_that_of_the_model(text, norm, mlp):
         assert 1 / 3 < ratio < 3, (path, ratio)
 
 
-def test_inference_finds_the_declared_chain():
-    tokens = jax.numpy.zeros((1, TINY.context), int)
-    model = lm.GPT(TINY, rngs=nnx.Rngs(0))
-    try:
-        inferred = bmo.infer_spec(model, tokens)
-    except ValueError as error:
-        pytest.skip(f"infer_spec does not read this transformer yet: {error}")
+@pytest.mark.parametrize(("norm", "mlp"), [("rms", "gelu"), ("layer", "swiglu")])
+def test_inferred_scales_are_the_declared_ones(norm, mlp):
+    size = dataclasses.replace(TINY, norm=norm, mlp=mlp)
+    model = lm.GPT(size, rngs=nnx.Rngs(0))
+    inferred = bmo.infer_spec(model, jax.numpy.zeros((1, size.context), int))
     params = nnx.state(model, nnx.Param)
-    expected = bmo.layer_scales(lm.declared(TINY), params, normalize=False)
+    expected = bmo.layer_scales(lm.declared(size), params, normalize=False)
     found = bmo.layer_scales(inferred, params, normalize=False)
     assert found.keys() == expected.keys()
     for path, scale in expected.items():
@@ -346,7 +345,7 @@ def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
         *("--results", str(directory)),
     ]
     study.main(arguments)
-    runs = study.load(directory / "runs.jsonl")
+    runs = results_file.read(directory / "runs.jsonl")
     assert len(runs) == 2 * (2 + 2)
     assert {run["sha256"] for run in runs} == {lm.read_text().source["sha256"]}
     page = (directory / "README.md").read_text()
@@ -361,6 +360,6 @@ def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
     assert scales["tiny"] != scales["after training"]
     monkeypatch.setattr(study.Study, "_train", None)  # nothing is trained again
     study.main(arguments)
-    assert study.load(directory / "runs.jsonl") == runs
+    assert results_file.read(directory / "runs.jsonl") == runs
     with pytest.raises(SystemExit, match=r"holds runs of another protocol"):
         study.main([*arguments, "--steps", "6"])
