@@ -65,6 +65,7 @@ nitpick_ignore_regex = [
     ("py:obj", "(?s).*"),
     # What Sphinx makes of an alias in a union.
     ("py:class", r"TypeAliasForwardRef|'(jax\.typing|optax)\.\w+'"),
+    ("py:class", r"backmatch_optax\.spec\.link\._Known"),  # a type variable
     # Other projects' names, which only a build with a network can look up.
     ("py:.*", r"(builtins|collections|flax|jax|matplotlib|numpy|optax|typing)\..*"),
 ]
