@@ -22,6 +22,7 @@ from backmatch_optax.optimizers import (
     backmatch_sgd,
     scale_by_backmatch,
     scale_by_lsalr,
+    scale_steps_by_backmatch,
 )
 from backmatch_optax.parameters import check_spec
 from backmatch_optax.scales import layer_scales
@@ -48,5 +49,6 @@ __all__ = [
     "scale_by_backmatch",
     "scale_by_lsalr",
     "scale_by_measured_backmatch",
+    "scale_steps_by_backmatch",
     "spec",
 ]

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax.powers import Positive, magnitudes, measured, number
+from backmatch_optax.powers import Positive, applied, magnitudes, measured, number
 
 Gains = Literal["paper", "mean_field"]
 
@@ -59,12 +59,20 @@ class Moments:
     offset: Positive | None = None  # square of the mean of all units; None is zero
     activated: Activated | None = None
 
-    @property
+    @functools.cached_property
+    def maxima(self) -> dict[tuple[str, int], tuple[Moments, Positive]]:
+        """What activations and poolings have made of it, by name and window.
+
+        The rules for signal and gradient both ask. The same atoms cancel.
+        """
+        return {}
+
+    @functools.cached_property
     def mean_square(self) -> Positive | None:
         """The mean square of the units' means."""
         return _sum_of_known(self.spread, self.offset)
 
-    @property
+    @functools.cached_property
     def q(self) -> Positive:
         """The second moment."""
         mean = self.mean_square
@@ -131,6 +139,8 @@ class Moments:
         """The same, with what all parts have in common as one atom beyond `most`."""
         parts = (self.variance, self.spread, self.offset)
         known = [part for part in parts if part is not None]
+        if all(len(part.powers) <= most for part in known):
+            return self  # with all that was made of it
         common = {
             atom: power
             for atom, power in self.variance.powers.items()
@@ -212,9 +222,7 @@ def after_prelu(slope: jax.Array, before: Moments) -> tuple[Moments, Positive]:
     unit = before.q
     zero = Positive(-math.inf)
     parts = (before.variance, before.spread or zero, before.offset or zero)
-    variance, spread, offset = magnitudes(
-        [part / unit for part in parts], jnp.dtype(jnp.float32)
-    )
+    variance, spread, offset = magnitudes([part / unit for part in parts])
 
     def phi(x: jax.Array) -> jax.Array:
         return jnp.where(x >= 0, x, slope * x)
@@ -238,14 +246,19 @@ def after_max_pool(before: Moments, window: int) -> tuple[Moments, Positive]:
 
 def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive]:
     """Moments of `phi` of the largest of `window` values, and `E phi'^2` there."""
+    key = (name, window)
+    if key not in before.maxima:
+        before.maxima[key] = _maximum(name, before, window)
+    return before.maxima[key]
+
+
+def _maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive]:
     unit = before.q if name in _HOMOGENEOUS else number(1.0)
     parts = (before.variance, before.spread, before.offset)
     sizes = [None if part is None else part / unit for part in parts]
     known = [size for size in sizes if size is not None]
     if any(size.powers for size in known):
-        arrays = iter(magnitudes(known, jnp.dtype(jnp.float32)))
-        values = (jnp.float32(0) if size is None else next(arrays) for size in sizes)
-        after = [measured(value) for value in _named_integrals(name, window, *values)]
+        after = applied(_named_integrals(name, window), sizes)
     else:
         figures = (0.0 if s is None else math.exp(s.log_constant) for s in sizes)
         static = _static_integrals(name, window, *figures)
@@ -273,7 +286,7 @@ def _static_integrals(
 
     def integrate() -> tuple[float, ...]:
         sizes = (jnp.float32(value) for value in (variance, spread, offset))
-        return tuple(map(float, _named_integrals(name, window, *sizes)))
+        return tuple(map(float, _named_integrals(name, window)(*sizes)))
 
     # This thread may be tracing a function or be inside `shard_map`, where no array has
     # a value. A new thread is not.
@@ -287,11 +300,10 @@ def _relu_kernel(q: float, correlation: float) -> float:
     return q / (2 * math.pi) * (math.sin(angle) + correlation * (math.pi - angle))
 
 
-def _named_integrals(
-    name: str, window: int, variance: jax.Array, spread: jax.Array, offset: jax.Array
-) -> tuple[jax.Array, ...]:
+@functools.cache
+def _named_integrals(name: str, window: int) -> Callable[..., tuple[jax.Array, ...]]:
     dense = _SATURATING.get(name, math.inf)
-    return _integrals(activation(name), window, variance, spread, offset, dense)
+    return functools.partial(_integrals, activation(name), window, dense=dense)
 
 
 def _integrals(
@@ -313,18 +325,21 @@ def _integrals(
     )
     means = jnp.sqrt(offset) + jnp.sqrt(spread) * nodes
     values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]
-    outputs = phi(values)
+    # Beside the output in the middle, so that a small variance is no difference.
+    middle = phi(means)
+    rests = phi(values) - middle[:, None]
     # A larger signal meets those slopes in proportion less often.
     size = jnp.sqrt(variance + spread + offset)
     rarer = jnp.maximum(size / dense, 1.0)
     # Elementwise, so that one product with ones is the derivative of each.
     _, slopes = jax.jvp(phi, (values / rarer,), (jnp.ones_like(values),))
-    unit_means = outputs @ largest
+    # One product of matrices: XLA compiles each anew.
+    rest, square, slope = jnp.stack([rests, rests**2, slopes**2]) @ largest
+    unit_means = middle + rest
     common = density @ unit_means
-    deviations = outputs - unit_means[:, None]
     return (
-        density @ (deviations**2 @ largest),
+        density @ jnp.maximum(square - rest**2, 0.0),
         density @ (unit_means - common) ** 2,
         common**2,
-        density @ (slopes**2 @ largest) / rarer,
+        density @ slope / rarer,
     )

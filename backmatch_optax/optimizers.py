@@ -30,6 +30,7 @@ from backmatch_optax.scales import (
     scale_of_params,
     scaled_params,
     scaled_updates,
+    steps_of_params,
     walk,
 )
 from backmatch_optax.spec.link import Site
@@ -168,8 +169,120 @@ def scale_by_backmatch(
       parameters may be sharded in any way; under `jax.pmap`, and in `jax.shard_map`
       with `check_vma=False`, every device has to hold whole ones.
     """
-    check_chain(spec)
     check_options(gains, norm_floor, normalize, limit, unlisted)
+
+    def scales_of(sites: Sequence[Site]) -> dict[str, jax.Array]:
+        return scale_of_params(sites, normalize, limit)
+
+    return _by_layer(
+        "scale_by_backmatch", spec, scales_of, gains, norm_floor, refresh, unlisted
+    )
+
+
+def scale_steps_by_backmatch(
+    spec: _spec.LayerChain,
+    *,
+    gains: Gains = "mean_field",
+    norm_floor: jax.typing.ArrayLike = NORM_FLOOR,
+    refresh: bool = False,
+    unlisted: Unlisted = "error",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives each layer the step that changes the network's output by one; after Adam.
+
+    Adam, Lion and other optimizers with steps of one size forget the size of the
+    gradient, so that a scale before them does nothing. After them, the recursion tells
+    what a step does to the output. A step :math:`\Delta W` with entries of
+    root-mean-square 1, in general position, changes the `size_out` coordinates of the
+    network's output :math:`f` by
+
+    .. math::
+      \mathbb{E} \Vert \Delta f \Vert^2 = \mathrm{size}(W) \, m \, m_W ,
+
+    the trace of :math:`J^T J`. So each step is multiplied by
+
+    .. math::
+      \sqrt{\frac{\mathrm{size_{out}}}{\mathrm{size}(W) \, m \, m_W}} ,
+
+    and the learning rate is what a step of one array of parameters changes a coordinate
+    of the output by. It carries over from a narrow network to a wide one.
+    Change this::
+
+      tx = optax.adamw(1e-3, weight_decay=1e-2)
+
+    To::
+
+      tx = optax.chain(
+          optax.scale_by_adam(),
+          backmatch_optax.scale_steps_by_backmatch(spec),
+          optax.add_decayed_weights(1e-2),
+          optax.scale_by_learning_rate(2e-2),
+      )
+
+    The learning rate is a new one: begin with 0.02. The weight decay comes later, and
+    is not scaled. What this gains, and where it does not, is in docs/adam.md.
+
+    Args:
+      spec: the declared layer chain of the model.
+      gains: `"mean_field"` or `"paper"`; see `layer_scales`.
+      norm_floor: the least that a step divides by; see `layer_scales`.
+      refresh: whether the multipliers follow the parameters. By default they are those
+        of the first step, as in muP, and later steps compute no norm.
+      unlisted: what to do about parameters that no declared layer covers: `"error"`
+        (at `init`), or `"identity"` to leave their steps as they are.
+
+    Returns:
+      A gradient transformation with state `ScaleByBackmatchState`; its `layer_scales`
+      are the multipliers of the kernels. Its `update` needs `params`, keeps the
+      structure and dtypes of the updates, and multiplies in float32 or wider.
+
+    Raises:
+      ValueError: as `scale_by_backmatch` does.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import backmatch_optax as bmo
+      >>> from backmatch_optax import spec
+      >>> links = [spec.Dense("fc1"), spec.BatchNorm(), spec.Dense("fc2")]
+      >>> net = spec.LayerChain(links, input_shape=(4,))
+      >>> params = {
+      ...     "fc1": {"kernel": jnp.full((4, 8), 0.5)},
+      ...     "fc2": {"kernel": jnp.full((8, 2), 0.5)},
+      ... }
+      >>> tx = optax.chain(
+      ...     optax.scale_by_adam(),
+      ...     bmo.scale_steps_by_backmatch(net),
+      ...     optax.scale_by_learning_rate(0.02),
+      ... )
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> for path, step in optax.tree.get(state, "layer_scales").items():
+      ...     print(path, step.round(4))
+      fc1 0.3536
+      fc2 0.3536
+    """
+    check_options(gains, norm_floor, False, None, unlisted)
+    return _by_layer(
+        "scale_steps_by_backmatch",
+        spec,
+        steps_of_params,
+        gains,
+        norm_floor,
+        refresh,
+        unlisted,
+    )
+
+
+def _by_layer(
+    name: str,
+    spec: _spec.LayerChain,
+    scales_of: Callable[[Sequence[Site]], dict[str, jax.Array]],
+    gains: Gains,
+    norm_floor: jax.typing.ArrayLike,
+    refresh: bool,
+    unlisted: Unlisted,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies each update by a number that the walked chain gives its parameter."""
+    check_chain(spec)
     if not isinstance(refresh, bool):
         raise ValueError(f"refresh (={refresh!r}) must be True or False")
 
@@ -200,7 +313,7 @@ def scale_by_backmatch(
         del extra_args
         if params is None:
             raise ValueError(
-                "scale_by_backmatch computes its scales from the parameters: call "
+                f"{name} computes its scales from the parameters: call "
                 "update(updates, state, params), but params is None"
             )
         if is_leafless(params) and is_leafless(updates):
@@ -220,11 +333,11 @@ def scale_by_backmatch(
             return layers | state.other_scales
 
         def computed() -> Any:
-            scales = scale_of_params(walked(), normalize, limit)
+            scales = scales_of(walked())
             return optax.tree.cast(scales, jnp.float32)
 
         if refresh:
-            scales = scale_of_params(sites, normalize, limit)
+            scales = scales_of(sites)
         else:
             scales = jax.lax.cond(state.computed, kept, computed)
         layers = {p: scales[main].astype(jnp.float32) for p, main in mains.items()}

@@ -4,16 +4,17 @@ BM is Zhang, Chen and Liu, "Train Feedforward Neural Network with Layer-wise Ada
 Rate via Approximating Back-matching Propagation", arXiv 1802.09750. LH is theirs, "On
 the Local Hessian in Back-propagation", NeurIPS 2018.
 
-**The question.** Back-propagation hands a layer `b = f(W, a)` the gradients `J_W^T db`
-and `J_a^T db`. Back-matching asks which change of the weight, or of the input, makes
-the wanted change `db` of the output. The answer is a least-squares problem for each
-(BM (8), (11)), and its solution divides the gradient by the matrix `J^T J`:
+**The question.** Of a loss LH (1), back-propagation hands a layer `b = f(W, a)` the
+gradients `J_a^T db` (BM (3)) and `J_W^T db` (BM (4)). Back-matching asks which change
+of the weight, or of the input, makes the wanted change `db` of the output. The answer
+is a least-squares problem for each (BM (8), (11), LH (2) to (5), (20), (21)), and its
+solution divides the gradient by the matrix `J^T J`:
 
     d'a = (J_a^T J_a)^-1 J_a^T db       BM (12), (14); of BatchNorm BM (26)
     d'W = (E J_W^T J_W)^-1 J_W^T db     BM (13), (15)
 
-LH calls the two matrices the layer's local Hessians. Both papers then replace a matrix
-by a number, the mean of its diagonal:
+LH (6) calls the two matrices the layer's local Hessians. Both papers then replace a
+matrix by a number, the mean of its diagonal:
 
     m_z = mean diagonal of J_a^T J_a    BM (34), (35), (36), LH (24)
     m_W = mean diagonal of J_W^T J_W    BM (32), (33)
@@ -49,7 +50,7 @@ from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive
 from backmatch_optax.spec.link import Site
 
-_MOST_POWERS = 4  # of a running product, before it becomes one number
+_MOST_POWERS = 16  # of a running product, before it becomes one number
 
 
 def forward(sites: Sequence[Site], moments: Moments) -> Moments:

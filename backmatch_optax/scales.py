@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from backmatch_optax.parameters import (
     refuse_parts,
     text,
 )
-from backmatch_optax.powers import Positive, evaluate, number, stacked
+from backmatch_optax.powers import Positive, finite_exp, log_vector, number, separate
 from backmatch_optax.spec.link import Site
 
 # It matters where training starts from zeros, a zero-initialised head or last BatchNorm
@@ -220,13 +221,31 @@ def scale_of_params(
         numbers[path] = recursion.scale(site, role)
         leaves[path] = jax.tree.leaves(site.params[role] if role else dict(site.params))
     dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
-    values = evaluate(list(numbers.values()), dtype, floored=True)
+    logs = log_vector(list(numbers.values()), dtype, floored=True)
     if normalize:
-        values = _over_their_mean(
-            values, [sum(leaf.size for leaf in below) for below in leaves.values()]
+        logs = _over_their_mean(
+            logs, [sum(leaf.size for leaf in below) for below in leaves.values()]
         )
-        values = [within(limit, value) for value in values]
-    return dict(zip(numbers, values, strict=True))
+    scales = finite_exp(logs)
+    if normalize:
+        scales = within(limit, scales)
+    return dict(zip(numbers, separate(scales), strict=True))
+
+
+def steps_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
+    """What a step of entries of size 1 is to be multiplied by, by path as above.
+
+    It then changes every coordinate of the network's output by 1: a step `dW` in
+    general position changes the output by `size(W) * m * m_W`, summed over squares.
+    """
+    scales = scale_of_params(sites, normalize=False, limit=None)
+    size_out = sites[-1].size_out if sites else 1
+    steps = {}
+    for path, site, role in scaled_params(sites):
+        owned = site.params[role] if role else dict(site.params)
+        size = sum(leaf.size for leaf in jax.tree.leaves(owned))
+        steps[path] = jnp.sqrt(scales[path]) * math.sqrt(size_out / size)
+    return steps
 
 
 def within(limit: jax.typing.ArrayLike | None, scale: jax.Array) -> jax.Array:
@@ -237,22 +256,10 @@ def within(limit: jax.typing.ArrayLike | None, scale: jax.Array) -> jax.Array:
     return jnp.clip(scale, 1 / most, most)
 
 
-def _over_their_mean(
-    scales: Sequence[jax.Array], sizes: Sequence[int]
-) -> list[jax.Array]:
-    """Scales divided by their harmonic mean over all entries of all parameters."""
-    if not scales:
-        return []
-    vector = stacked(scales)
-    weights = np.asarray(sizes) / max(sum(sizes), 1)
-    # In units of the least, so that no reciprocal overflows.
-    least = vector.min()
-    mean = jnp.sum(weights.astype(vector.dtype) * (least / vector))
-    # As in `stacked`: else XLA computes the mean anew for every scale.
-    least, mean = jax.lax.optimization_barrier((least, mean))
-    largest = jnp.finfo(vector.dtype).max
-    # Each scale by itself: XLA compiles slices of a vector one by one.
-    return [jnp.minimum(scale / least * mean, largest) for scale in scales]
+def _over_their_mean(logs: jax.Array, sizes: Sequence[int]) -> jax.Array:
+    """Logs of scales over their harmonic mean over all entries of all parameters."""
+    weights = jnp.asarray(np.asarray(sizes) / max(sum(sizes), 1), logs.dtype)
+    return logs + jax.nn.logsumexp(-logs, b=weights)
 
 
 def main_paths(sites: Sequence[Site]) -> dict[str, str]:

@@ -35,6 +35,8 @@ EVERY = {
     "sgd": bmo.backmatch_sgd(0.1, models.CONV_NET, weight_decay=1e-2, normalize=False),
     "lsalr": bmo.scale_by_lsalr(),
     "once": bmo.scale_by_backmatch(models.CONV_NET, refresh=False),
+    "steps": bmo.scale_steps_by_backmatch(models.CONV_NET),
+    "steps, followed": bmo.scale_steps_by_backmatch(models.CONV_NET, refresh=True),
     "measured": bmo.scale_by_measured_backmatch(refresh_every=2, **MEASURED),
     "measured once": bmo.scale_by_measured_backmatch(refresh_every=None, **MEASURED),
 }

@@ -1,5 +1,7 @@
 """The project's files: what they say of it, of each other, and of its address."""
 
+import ast
+import graphlib
 import re
 import subprocess
 import tomllib
@@ -130,3 +132,54 @@ def test_readme_has_two_set_up_commands_that_ci_finds():
         check=True,
     )
     assert found.stdout.splitlines() == setup_commands()
+
+
+# --- The code -------------------------------------------------------------------------
+
+PACKAGE = ROOT / "backmatch_optax"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imported_by(module: str) -> set[str]:
+    """The modules of the package that one names, those for type checking included."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = []
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                is_module = inner in MODULES or f"{inner}.__init__" in MODULES
+                names.append(inner if is_module else node.module)
+        else:
+            continue
+        for name in names:
+            found |= {name, f"{name}.__init__"} & MODULES.keys()
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module: imported_by(module) for module in MODULES}
+    assert graph["backmatch_optax.scales"] >= {"backmatch_optax.recursion"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
+
+
+EQUATIONS = {"BM": range(1, 38), "LH": range(1, 25)}
+
+
+@pytest.mark.parametrize("paper", EQUATIONS)
+def test_every_equation_of_the_papers_is_found_by_its_number(paper):
+    one = r"\((\d+)\)"
+    listed = rf"{paper} ((?:{one}(?:, | and | to )?)+)"
+    found = set()
+    for path in MODULES.values():
+        text = re.sub(r"\s+#?\s*", " ", path.read_text())
+        for match in re.finditer(listed, text):
+            found |= set(map(int, re.findall(one, match[1])))
+            for first, last in re.findall(rf"{one} to {one}", match[1]):
+                found |= set(range(int(first), int(last) + 1))
+    assert sorted(set(EQUATIONS[paper]) - found) == []

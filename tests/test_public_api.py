@@ -29,6 +29,7 @@ FUNCTIONS = {
     "scale_by_backmatch": ["spec"],
     "scale_by_lsalr": [],
     "scale_by_measured_backmatch": [],
+    "scale_steps_by_backmatch": ["spec"],
 }
 MODULES = ["exact", "local_hessian", "plots", "spec"]
 RESULTS = [

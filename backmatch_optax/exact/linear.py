@@ -1,7 +1,9 @@
 r"""Dense and convolutional layers whose backward pass solves least squares.
 
-A layer :math:`b = W a` is given the wanted change :math:`\delta b` of its output. BM
-asks for the changes of its weight and of its input that bring it about:
+A layer :math:`b = W a` (BM (5), LH (7); a convolution BM (16)) is given the wanted
+change :math:`\delta b` of its output. Back-propagation's gradients are BM (6) and (7),
+of a convolution BM (17), (18), (20) and (21). BM asks for the changes of the weight and
+of the input that bring :math:`\delta b` about:
 
 * BM (8), (10): the weight. All examples (and positions) are equations for one `W`.
   The solution is BM (13), for a convolution BM (23). `_ridge` solves the system.

@@ -1,21 +1,22 @@
 r"""Local Hessians of a block: products, spectra, condition numbers, a report.
 
 LH is "On the Local Hessian in Back-propagation". It reads back-propagation as one
-gradient step on a back-matching loss of each block (LH 5, Proposition 1). That loss
+gradient step on a back-matching loss of each block (LH (5), Proposition 1). That loss
 asks the block's output :math:`F(W, z)` to meet a target :math:`t`:
 
 .. math::
   \ell(W, z) = \tfrac{1}{2} \Vert F(W, z) - t \Vert^2 .
 
-The Hessians of this loss decide how far one step gets (LH 6). LH calls them local:
+The Hessians of this loss decide how far one step gets (LH (6)). LH calls them local:
 
 .. math::
   H_z = J_z^T J_z + \sum_i (F - t)_i \nabla_z^2 F_i , \qquad
   H_W = J_W^T J_W + \sum_i (F - t)_i \nabla_W^2 F_i .
 
-The first terms are the Gauss-Newton parts, which LH analyses: (8) and (9) for a dense
-layer, (13) and (14) for a residual block, (17) and (18) with batch normalisation. The
-means of their diagonals are the numbers `m_z` and `m_W` of the package's recursion.
+The first terms are the Gauss-Newton parts, which LH analyses: LH (8) and (9) for a
+dense layer, LH (13) and (14) for a residual block (its Remark 1 is LH (15)), LH (17)
+and (18) with batch normalisation. The means of their
+diagonals are the numbers `m_z` and `m_W` of the package's recursion.
 
 A block is any function `fn(params, z)` from one array to another, with the batch as
 first axis of both. Only small blocks have their Jacobian formed.

@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax.moments import Moments
-from backmatch_optax.powers import Positive, magnitudes, measured, number
+from backmatch_optax.powers import Positive, applied, number
 from backmatch_optax.spec.composite import Input
 from backmatch_optax.spec.link import (
     Link,
@@ -216,27 +216,31 @@ class DotProductAttention(Link):
 
     def _gain(self, here: Site, name: str) -> Positive:
         """What is kept of the values, and what queries and keys choose from."""
-        return here.once(name, lambda: measured(self._gains(here)[name]))
+        return here.once("gains", lambda: self._gains(here))[name]
 
-    def _gains(self, here: Site) -> dict[str, jax.Array]:
+    def _gains(self, here: Site) -> dict[str, Positive]:
         query, key, _ = here.arm_moments
-        (t,) = magnitudes([query.q * key.variance], jnp.dtype(jnp.float32))
         features = min(here.fan_in, here.fan_out)
         positions = here.arm_shapes[1][-2]
-        return _means(t, features, *_lengths(positions, self.causal, self.attended))
+        gains = _means(features, positions, self.causal, self.attended)
+        logits = query.q * key.variance
+        return dict(zip(("kept", "chosen"), applied(gains, [logits]), strict=True))
 
 
-@jax.jit  # traced once for every number of positions, not for every layer
+@functools.cache
 def _means(
+    features: int, positions: int, causal: bool, attended: float | None
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Means over queries, as a function of the variance of their logits."""
+    return functools.partial(_means_of, features, _lengths(positions, causal, attended))
+
+
+def _means_of(
+    features: int,
+    lengths: Sequence[np.ndarray],
     t: jax.Array,
-    features: jax.typing.ArrayLike,
-    weights: jax.typing.ArrayLike,
-    places: jax.typing.ArrayLike,
-    masses: jax.typing.ArrayLike,
-) -> dict[str, jax.Array]:
-    """Means over queries, whose logits have variance `t`."""
-    arrays = (weights, places, masses)
-    weights, places, masses = (jnp.asarray(array, t.dtype) for array in arrays)
+) -> tuple[jax.Array, jax.Array]:
+    weights, places, masses = (jnp.asarray(array, t.dtype) for array in lengths)
     sizes = masses * jnp.exp(jnp.sqrt(t) * places)
     shares = sizes / sizes.sum(axis=1, keepdims=True) / masses.clip(1)
     squares = (masses * shares**2).sum(axis=1)
@@ -245,10 +249,9 @@ def _means(
     kept = squares + others * t / features
     spread = jnp.maximum(squares * (1 + squares) - 2 * cubes, 0)  # but for rounding
     chosen = spread + others**2 / features
-    return {"kept": kept @ weights, "chosen": chosen @ weights}
+    return kept @ weights, chosen @ weights
 
 
-@functools.cache
 def _lengths(
     positions: int, causal: bool, attended: float | None
 ) -> tuple[np.ndarray, ...]:

@@ -151,9 +151,9 @@ class Residual(Link):
     """Two chains side by side whose outputs are added: `branch(x) + shortcut(x)`.
 
     Second moments add, and so do backward factors: the Gauss-Newton part of
-    `(I + J)^T (I + J)`, LH (13), with the cross terms left out. With mean-field gains
-    they count where both arms are elementwise functions of the same input, as in
-    `x + relu(x)`.
+    `(I + J)^T (I + J)`, LH (12) and (13), with the cross terms left out. With
+    mean-field gains they count where both arms are elementwise functions of the same
+    input, as in `x + relu(x)`.
 
     Args:
       branch: the links of the branch, from input to output.

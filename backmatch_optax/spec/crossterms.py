@@ -55,7 +55,7 @@ def together(here: Site) -> Together | None:
     # In units of the signal's size, which stays what it is: a norm that may cancel.
     unit = source.q
     sizes = [source.variance, source.spread or nothing, source.offset or nothing]
-    ratios = magnitudes([size / unit for size in sizes], jnp.dtype(jnp.float32))
+    ratios = magnitudes([size / unit for size in sizes])
     (size,) = evaluate([unit], jnp.dtype(jnp.float32))
     found = _integrals(whole, *(size * ratio for ratio in ratios))
     variance, spread, offset = (measured(value / size) * unit for value in found[:3])

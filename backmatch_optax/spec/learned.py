@@ -171,7 +171,8 @@ class PReLU(_Learned):
         return self._after(here)[1] if here.mean_field else number(1.0)
 
     def _after(self, here: Site) -> tuple[Moments, Positive]:
-        return after_prelu(here.params["negative_slope"].reshape(()), here.moments)
+        slope = here.params["negative_slope"].reshape(())
+        return here.once("after", lambda: after_prelu(slope, here.moments))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

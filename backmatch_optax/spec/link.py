@@ -7,7 +7,7 @@ import math
 import numbers
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from backmatch_optax.numerics import wide
 from backmatch_optax.powers import Positive, measured, number
 
 Shape = tuple[int, ...]
+_Known = TypeVar("_Known")
 
 # Of values of shape (units, values of a unit), which it changes one by one.
 Elementwise = Callable[[jax.Array], jax.Array]
@@ -49,7 +50,7 @@ class Site:
     n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
     # All uses, of parameters that are used more than once.
     uses: list[Site] = dataclasses.field(default_factory=list)
-    _known: dict[str, Positive] = dataclasses.field(default_factory=dict)
+    _known: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def q(self) -> Positive:
@@ -104,26 +105,28 @@ class Site:
         BatchNorm's scale or bias this is its mean square.
         """
         leaf, floor = self.params[role], self.norm_floor
-        return self.once(role, lambda: measured(_mean_over_last(leaf), floor=floor))
+        count = leaf.shape[-1] if leaf.ndim else 1
+        return self.once(
+            role, lambda: measured(_sum_of_squares(leaf), count=count, floor=floor)
+        )
 
-    def once(self, name: str, compute: Callable[[], Positive]) -> Positive:
-        """A measured number of this site: the same atom every time, so that it cancels.
+    def once(self, name: str, compute: Callable[[], _Known]) -> _Known:
+        """Measured numbers of this site, the same atoms every time: they can cancel.
 
         Args:
-          name: what the number is called, other than the site's parameters.
-          compute: makes the number, at the first call.
+          name: what they are called, other than the site's parameters.
+          compute: makes them, at the first call.
         """
         if name not in self._known:
             self._known[name] = compute()
         return self._known[name]
 
 
-@jax.jit  # traced once for every shape, not for every layer
-def _mean_over_last(leaf: jax.Array) -> jax.Array:
+@jax.jit  # traced once for every shape
+def _sum_of_squares(leaf: jax.Array) -> jax.Array:
     # At least float32: squares overflow float16 from 256 on. One plain reduction over
     # all axes: a reshape would gather, or refuse, a sharded kernel.
-    features = leaf.shape[-1] if leaf.ndim else 1
-    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype)))) / features
+    return jnp.sum(jnp.square(leaf.astype(wide(leaf.dtype))))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

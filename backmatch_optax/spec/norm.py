@@ -1,4 +1,4 @@
-"""Normalisations (BM (36), LH (24))."""
+"""Normalisations (LH (16), BM (24); their rule is BM (36), LH (24))."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Normalisation(Link):
         remaining, scale = self.remaining(here), jnp.float32(1.0)
         if "scale" in here.params:
             square = here.squared_row_norm("scale")
-            scale = magnitudes([square**0.5], jnp.dtype(jnp.float32))[0]
+            scale = magnitudes([square**0.5])[0]
 
         def normalised(values: jax.Array) -> jax.Array:
             fixed = jax.lax.stop_gradient(values)  # statistics are constants, BM (36)

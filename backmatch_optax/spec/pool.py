@@ -63,10 +63,6 @@ class MaxPool(_Pool):
             return handed
         return handed * after_max_pool(here.moments, math.prod(self.window_shape))[1]
 
-    def centres(self, centred: bool) -> bool:
-        del centred
-        return False  # which of the window is the largest depends on the example
-
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:
             return here.moments

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ import backmatch_optax as bmo
 from backmatch_optax.parameters import text
 from backmatch_optax.powers import stacked
 from backmatch_optax.scales import NORM_FLOOR, scale_of_params, walk
+from examples.studies import results_file
 from examples.studies.networks import NETWORKS, Network
 
 RESULTS = Path(__file__).parent / "results"
@@ -543,21 +542,6 @@ def candidate_records(
     return records
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """The whole file at once, so that a run that is killed leaves the file before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(partial, path)
-
-
 class Verdict(NamedTuple):
     """How a candidate did on one network."""
 
@@ -723,7 +707,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.steps < 1 or options.steps % _CHUNK:
         parser.error(f"--steps must be a multiple of {_CHUNK}")
-    records = read(options.results)
+    records = results_file.read(options.results)
     for record in records:
         if (record["steps"], record["seeds"]) != (options.steps, options.seeds):
             parser.error(
@@ -745,15 +729,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if "sgd" not in done:
                 done["sgd"] = sgd_record(name, trainer, options.seeds, bar)
                 records.append(done["sgd"])
-                write(options.results, records)
+                results_file.append([done["sgd"]], options.results)
             at_once = _AT_ONCE // len(_RELATIVE)
             for first in range(0, len(left), at_once):
                 some = left[first : first + at_once]
                 best = done["sgd"]["best"]
-                records += candidate_records(
-                    name, trainer, some, best, options.seeds, bar
-                )
-                write(options.results, records)
+                new = candidate_records(name, trainer, some, best, options.seeds, bar)
+                records += new
+                results_file.append(new, options.results)
             jax.clear_caches()
     text_of_page = report(records, "python -m examples.studies.zoo")
     options.results.with_suffix(".md").write_text(text_of_page)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from examples import data, methods, models
+from examples.studies import results_file
 from examples.studies.cifar import __main__ as cli
 from examples.studies.cifar import cpu, records, report, trainer
 from examples.studies.cifar.experiments import (
@@ -484,12 +485,12 @@ def test_a_full_disk_leaves_the_results_file_as_it_was(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(SystemExit, match=r"could not be written .* is as it was"):
-            records.append([second], results)
+            results_file.append([second], results)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert results.read_bytes() == before
     assert {path.suffix for path in tmp_path.glob("runs.jsonl*")} == {".jsonl", ".lock"}
-    records.append([second], results)
+    results_file.append([second], results)
     assert records.load(results) == [first, second]
 
 
@@ -498,7 +499,7 @@ def test_what_could_not_be_recorded_is_not_trained_again(tmp_path, monkeypatch):
         raise SystemExit("full")
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="full"):
-        patch.setattr(records, "append", full)
+        patch.setattr(results_file, "append", full)
         one_run(tmp_path, "sgd", "--epochs", "1")
     monkeypatch.setattr(trainer.Program, "epoch", None)  # cannot be called
     assert one_run(tmp_path, "sgd", "--epochs", "1")["outcome"] == "finished"
@@ -509,7 +510,7 @@ def test_a_bad_record_names_file_and_line(bad, tmp_path):
     one_run(tmp_path, "sgd", "--epochs", "1")
     results = tmp_path / "runs.jsonl"
     results.write_text(results.read_text() + bad + "\n")
-    with pytest.raises(SystemExit, match=r"runs\.jsonl, line 2 is no record of a run"):
+    with pytest.raises(SystemExit, match=r"runs\.jsonl, line 2 is no record"):
         records.load(results)
 
 
@@ -551,7 +552,7 @@ def test_a_corrupt_checkpoint_names_itself_and_the_remedy(tmp_path, monkeypatch)
 
 def test_two_programs_do_not_share_a_results_file(tmp_path):
     results = tmp_path / "runs.jsonl"
-    with records.alone_with(results):
+    with results_file.alone_with(results):
         with pytest.raises(SystemExit, match=f"in use by process {os.getpid()}"):
             one_run(tmp_path, "sgd", "--epochs", "1")
     assert one_run(tmp_path, "sgd", "--epochs", "1")["outcome"] == "finished"

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from examples import data, methods, models
 from examples.arguments import not_negative, positive, whole
+from examples.studies import results_file
 from examples.studies.cifar import records
 from examples.studies.cifar.experiments import (
     EXPERIMENTS,
@@ -155,7 +156,7 @@ class Runner:
 
     def __init__(self, options: argparse.Namespace):
         self._options = options
-        records.require_writable(options.checkpoints)
+        results_file.require_writable(options.checkpoints)
         self._dataset = functools.cache(lambda name: data.load(name, options.data_dir))
         self._deadline = time.monotonic() + (options.time_limit or float("inf"))
 
@@ -201,7 +202,7 @@ class Runner:
             ),
         )
         new = records.of_group(self._options.experiment, experiment, runs, history)
-        records.append(new, self._options.results)
+        results_file.append(new, self._options.results)
         shutil.rmtree(directory)
         for record in new:
             run = record["run"]
@@ -241,7 +242,7 @@ def run_method(
 def main(arguments: Sequence[str] | None = None) -> bool:
     """Does what is missing; returns whether all of it is done."""
     options = parse(arguments)
-    with records.alone_with(options.results):
+    with results_file.alone_with(options.results):
         runner = Runner(options)
         try:
             for protocol in options.protocols:

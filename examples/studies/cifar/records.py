@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from examples.studies import results_file
 from examples.studies.cifar.experiments import Experiment
 from examples.studies.cifar.trainer import History, Run
 
@@ -85,77 +83,6 @@ def of_group(
     return records
 
 
-@contextlib.contextmanager
-def alone_with(path: Path) -> Iterator[None]:
-    """Keeps other programs from the results file for as long as this one trains.
-
-    Two programs would train the same missing runs, and each would write the file
-    without the other's. The system ends the lock with the program, however that ends.
-
-    Raises:
-      SystemExit: where another program has the file, or it cannot be written.
-    """
-    require_writable(path.parent)
-    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-        raise SystemExit(f"The results file {path} cannot be written.")
-    with path.with_name(f"{path.name}.lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise SystemExit(
-                f"{path} is in use by process {lock.read().strip()}. Wait for its end, "
-                "or give --results another file; the lines of both can be joined later."
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
-
-
-def require_writable(directory: Path) -> None:
-    """Makes a directory where there is none, and writes into it.
-
-    Raises:
-      SystemExit: where that cannot be done.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise SystemExit(
-            f"{directory} cannot be written ({error.strerror}), so nothing is trained."
-        ) from None
-
-
-def append(records: Iterable[dict[str, Any]], path: Path) -> None:
-    """Adds records at the end of the file, a line each; all of them or none.
-
-    Raises:
-      SystemExit: where the file cannot be written; it is then as it was.
-    """
-    path = path.resolve()  # what a link points to, not the link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):
-        text += "\n"
-    text += "".join(json.dumps(record) + "\n" for record in records)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SystemExit(
-            f"{path} could not be written ({error.strerror}) and is as it was. The "
-            "runs are in their checkpoint: the same command only adds them."
-        ) from error
-
-
 def write_log(path: Path, runs: Sequence[Run], history: History, epochs: int) -> None:
     """A group's epochs so far as CSV, a line for each run and epoch, to be watched."""
     with path.open("w", newline="") as file:
@@ -183,21 +110,17 @@ def load(path: Path) -> list[dict[str, Any]]:
     Raises:
       SystemExit: where a line is no record, naming file and line.
     """
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    records = results_file.read(path)
+    for number, record in enumerate(records, start=1):
         try:
-            record = json.loads(line)
             record["protocol"] = dataclasses.asdict(Experiment(**record["protocol"]))
             record["run"] = dataclasses.asdict(Run(**record["run"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise SystemExit(
                 f"{path}, line {number} is no record of a run "
                 f"({type(error).__name__}: {error}). Without that line, the same "
                 "command trains its run again."
             ) from None
-        records.append(record)
     return records
 
 

@@ -1,8 +1,10 @@
 """The transformations do what their formulas say, step by step."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import models
@@ -401,11 +403,63 @@ def test_refresh_is_true_or_false():
         bmo.scale_by_backmatch(PAPER_NET, refresh="once")  # pyright: ignore
 
 
+# --- Steps of one size ---------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Dense layers of several widths, with biases."""
+
+    @nn.compact
+    def __call__(self, x):
+        for number, width in enumerate((64, 256, 128)):
+            x = nn.relu(nn.Dense(width, name=f"fc{number}")(x))
+        return nn.Dense(5, name="head")(x)
+
+
+def test_a_step_of_unit_entries_changes_the_output_by_one():
+    model, x = Wide(), jax.random.normal(jax.random.key(0), (32, 48))
+    params = model.init(jax.random.key(1), x)["params"]
+    tx = bmo.scale_steps_by_backmatch(bmo.infer_spec(model, x))
+
+    def change(key: jax.Array, path: str) -> jax.Array:
+        signs = optax.tree.random_like(key, params, jax.random.rademacher)
+        steps, _ = tx.update(signs, tx.init(params), params)
+        alone = jax.tree_util.tree_map_with_path(
+            lambda at, step: step * (jax.tree_util.keystr(at) == path), steps
+        )
+        forward = lambda params: model.apply({"params": params}, x)  # noqa: E731
+        return jnp.mean(jax.jvp(forward, (params,), (alone,))[1] ** 2)
+
+    keys = jax.random.split(jax.random.key(2), 30)
+    for at, _ in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(at)
+        squared = jax.vmap(functools.partial(change, path=path))(keys).mean()
+        np.testing.assert_allclose(jnp.sqrt(squared), 1, atol=0.2, err_msg=path)
+
+
+def test_steps_keep_the_multipliers_of_the_first_parameters():
+    tx = bmo.scale_steps_by_backmatch(PAPER_NET)
+    steps, state = tx.update(PAPER_PARAMS, tx.init(PAPER_PARAMS), PAPER_PARAMS)
+    larger = jax.tree.map(lambda leaf: 3 * leaf, PAPER_PARAMS)
+    again, _ = tx.update(PAPER_PARAMS, state, larger)
+    assert_trees_all_close(again, steps)
+
+
+def test_decay_after_the_steps_is_not_scaled():
+    tx = optax.chain(
+        bmo.scale_steps_by_backmatch(PAPER_NET), optax.add_decayed_weights(0.5)
+    )
+    zeros = optax.tree.zeros_like(PAPER_PARAMS)
+    updates, _ = tx.update(zeros, tx.init(PAPER_PARAMS), PAPER_PARAMS)
+    assert_trees_all_close(updates, optax.tree.scale(0.5, PAPER_PARAMS))
+
+
 # --- What is refused -----------------------------------------------------------------
 
 EVERY = {
     "follows": bmo.scale_by_backmatch(PAPER_NET),
     "kept": bmo.scale_by_backmatch(PAPER_NET, refresh=False),
+    "steps": bmo.scale_steps_by_backmatch(PAPER_NET),
     "measured": bmo.scale_by_measured_backmatch(
         key=jax.random.key(0),
         outputs_fn=lambda params: jnp.stack([optax.tree.sum(params)]),
@@ -422,6 +476,7 @@ def test_a_state_of_other_layers_is_refused(tx, jit):
     other = {
         "follows": bmo.scale_by_backmatch(other_net),
         "kept": bmo.scale_by_backmatch(other_net, refresh=False),
+        "steps": bmo.scale_steps_by_backmatch(other_net),
         "measured": EVERY["measured"],
     }[next(name for name, value in EVERY.items() if value is tx)]
     update = jax.jit(tx.update) if jit else tx.update
