@@ -15,6 +15,7 @@ from zoo_nnx import abstract
 
 from backmatch_optax import spec
 from backmatch_optax.infer import infer_spec
+from examples import language_model
 
 TOKENS = array(3, zoo.LENGTH, dtype=jnp.int32)
 
@@ -219,3 +220,12 @@ def test_rotary_positions_change_nothing(halves, orthogonal):
         return
     chain = infer_spec(Rotary(), array(2, 8, 6))
     assert chain.layers == (spec.DotProductAttention(*arms),)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_the_language_model_of_the_examples(norm, mlp):
+    size = language_model.Size(norm=norm, mlp=mlp)
+    model = abstract(lambda rngs: language_model.GPT(size, rngs=rngs))
+    chain = infer_spec(model, array(2, size.context, dtype=jnp.int32))
+    assert chain == language_model.declared(size)
