@@ -101,6 +101,8 @@ class Links:
             self._join(step)
         elif step.bias and self._has_bias(step):
             pass
+        elif step.resized:
+            self._resize(step, *step.resized)
         elif step.taken:
             self._slice(step, *step.taken)
         else:
@@ -279,6 +281,26 @@ class Links:
         self._put(_spec.Slice(index, axis=from_end), (*before, count * within, *after))
         new = ((on, within, count),) if count > 1 else ()
         self.axes = (*self.axes[:axis], new, *self.axes[axis + 1 :])
+
+    def _resize(
+        self, step: Step, axis: int, place: int, size: int, method: str
+    ) -> None:
+        """One axis of positions interpolated to another size, and put in a place."""
+        found, last = self.axes[axis], len(self.shape)
+        if len(found) != 1 or not 0 < found[0][0] < last or found[0][1] != 1:
+            raise Unknown(step.node, f"{step.node.op} resizes what is no position")
+        ((on, _, before),) = found
+        if before != self.shape[on - 1]:
+            raise Unknown(step.node, f"{step.node.op} resizes a part of an axis")
+        after = (*self.shape[: on - 1], size, *self.shape[on:])
+        previous = self.links[-1] if self.links else None
+        if isinstance(previous, _spec.Resize) and previous.method == method:
+            del self.links[-1]  # the other axis of the same
+            self.shape = self.shapes.pop()
+        self._put(_spec.Resize(after[:-1], method=method), after)
+        axes = [*self.axes[:axis], *self.axes[axis + 1 :]]
+        axes.insert(place, ((on, 1, size),) if size > 1 else ())
+        self.axes = tuple(axes)
 
     # --- Links -------------------------------------------------------------------
 

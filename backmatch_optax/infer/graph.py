@@ -613,12 +613,18 @@ _SHAPED: dict[str, Callable[[Node, list[_Sampled]], _Sampled]] = {
 } | dict.fromkeys(MOVES, _moved)
 
 
-def entries(node: Node, index: Sequence[Any]) -> Any:
+Entries = Callable[[Sequence[Any]], Any]
+
+
+def entries(
+    node: Node, index: Sequence[Any], known: Mapping[Node, Entries] = {}
+) -> Any:
     """Entries of a value that no parameter and no signal reaches, such as a mask.
 
     Args:
       node: the value. What of it depends on the input is as for an input of ones.
       index: for each axis of it, an array of indices; they go together as in NumPy.
+      known: other values, as functions that give their entries.
 
     Returns:
       The entries. Nothing else of the value is computed.
@@ -627,6 +633,8 @@ def entries(node: Node, index: Sequence[Any]) -> Any:
       Unmatched: where it depends on something else, or is computed in another way.
     """
     options, operands = node.options, node.operands
+    if node in known:
+        return known[node](index)
     if node.op == "input":
         return np.ones(())
     if node.op == "constant":
@@ -634,34 +642,49 @@ def entries(node: Node, index: Sequence[Any]) -> Any:
     if node.op == "iota":
         return index[options["dimension"]]
     if node.op in _ELEMENTWISE:
-        values = [entries(x, _repeating(x.shape, index)) for x in operands]
+        values = [entries(x, _repeating(x.shape, index), known) for x in operands]
         return _ELEMENTWISE[node.op](*values)
     if not operands:
         raise Unmatched(node)
     (x, *_), shape = operands, node.shape
     if node.op == "integer_pow":
-        return entries(x, index) ** float(options["y"])
+        return entries(x, index, known) ** float(options["y"])
     if node.op == "broadcast_in_dim":
         taken = [index[axis] for axis in options["broadcast_dimensions"]]
-        return entries(x, _repeating(x.shape, taken))
+        return entries(x, _repeating(x.shape, taken), known)
     if node.op == "squeeze":
         taken = list(index)
         for axis in sorted(axis % len(x.shape) for axis in options["dimensions"]):
             taken.insert(axis, 0)
-        return entries(x, taken)
+        return entries(x, taken, known)
     if node.op == "transpose":
         order = options["permutation"]
-        return entries(x, [index[order.index(axis)] for axis in range(len(order))])
+        return entries(
+            x, [index[order.index(axis)] for axis in range(len(order))], known
+        )
     if node.op == "reshape":
         if not x.shape:
-            return entries(x, ())
+            return entries(x, (), known)
         together: Any = np.broadcast_arrays(*index)
         places = np.ravel_multi_index(together, shape) if shape else 0
-        return entries(x, np.unravel_index(places, x.shape))
+        return entries(x, np.unravel_index(places, x.shape), known)
+    if node.op == "split":
+        before = sum(int(size) for size in options["sizes"][: node.result])
+        taken = list(index)
+        taken[options["axis"]] = taken[options["axis"]] + before
+        return entries(x, taken, known)
     if node.op == "slice":
         steps = options["strides"] or (1,) * len(shape)
         ranges = zip(index, options["start_indices"], steps, strict=True)
-        return entries(x, [at * step + start for at, start, step in ranges])
+        return entries(x, [at * step + start for at, start, step in ranges], known)
+    if node.op == "reduce_sum":
+        over = options["axes"]
+        taken = [np.asarray(at)[(..., *(None,) * len(over))] for at in index]
+        for axis in sorted(over):
+            places = [-1 if axis == other else 1 for other in sorted(over)]
+            taken.insert(axis, np.arange(x.shape[axis]).reshape(places))
+        values = np.asarray(entries(x, taken, known))
+        return values.sum(axis=tuple(range(-len(over), 0)))
     if node.op == "concatenate":
         axis, first = options["dimension"], 0
         values: Any = 0.0
@@ -669,7 +692,7 @@ def entries(node: Node, index: Sequence[Any]) -> Any:
             at = index[axis] - first
             inside = (at >= 0) & (at < part.shape[axis])
             taken = [*index[:axis], np.where(inside, at, 0), *index[axis + 1 :]]
-            values = np.where(inside, entries(part, taken), values)
+            values = np.where(inside, entries(part, taken, known), values)
             first += part.shape[axis]
         return values
     raise Unmatched(node)

@@ -88,6 +88,7 @@ class Step:
     moves: bool = False  # the same values in other places, or repeated
     contracted: int = 1  # how many of the last axes are its features
     taken: tuple[int, ...] = ()  # of an axis: (axis, start, stop, stride)
+    resized: tuple[Any, ...] = ()  # an axis: (axis, its new place and size, method)
     bias: str = ""  # path of a parameter added to the signal; `links` if standing alone
     window: Window | None = None  # that the first of its links slides over positions
     padding: tuple[Any, ...] = ()  # (low, high) per axis, for a convolution to come
@@ -162,6 +163,9 @@ def dense(node: Node) -> Step:
     """`Dense`, `DenseGeneral` and `Unembed`: a kernel over the last axes."""
     if all(operand.flows for operand in node.operands):
         return RULES["attention"](node)
+    resized = interpolation(node)
+    if resized is not None:
+        return resized
     signal, kernel = node.operands
     contracted, batched = (tuple(map(tuple, o)) for o in numbers(node))
     table = kernel.operands[0] if kernel.op == "transpose" else kernel
@@ -294,6 +298,49 @@ def positions(node: Node) -> Step | None:
     return None
 
 
+_LINEAR = {"add", "concatenate", "mul", "neg", "slice", "split", "sub", *graph.MOVES}
+
+
+def rotation(node: Node) -> Step | None:
+    """Nothing: the features of each position, rotated as rotary positions do.
+
+    Norms stay, and so do moments. None for what is no rotation by constants.
+    """
+    for source in itertools.islice(node.dominators(), 12):
+        inside = [x for x in graph.above(node, until=source) if x.flows]
+        if any(x.op not in _LINEAR for x in inside):
+            return None
+        if source.shape != node.shape or len(node.shape) < 3:
+            continue
+        if any(x.op == "mul" and len(x.flow) > 1 for x in inside):
+            return None
+        if _rotates(node, source):
+            return Step(node, source, [_spec.Scale(1.0)], elementwise=True, opaque=True)
+    return None
+
+
+def _rotates(node: Node, source: Node) -> bool:
+    """Whether each position's features are multiplied by an orthogonal matrix."""
+    rng = np.random.default_rng(0)
+    features, *others = node.shape[-1:] + node.shape[:-1]
+    # One position in each row of the index, a weight of its own for every one.
+    weights = rng.uniform(0.5, 2.0, [min(size, 64) for size in others])
+    rows = [rng.integers(0, size, 8)[:, None, None] for size in weights.shape]
+    index = [*rows, np.arange(features)[None, :, None]]
+
+    def basis(index: Sequence[Any]) -> Any:
+        places = tuple(np.asarray(at) % 64 for at in index[:-1])
+        return weights[places] * (np.asarray(index[-1]) == np.arange(features))
+
+    try:
+        found = graph.entries(node, index, {source: basis})
+    except (graph.Unmatched, ValueError):
+        return False
+    matrices = found / weights[tuple(rows)]
+    products = matrices @ np.swapaxes(matrices, 1, 2)
+    return bool(np.allclose(products, np.eye(features), atol=1e-4))
+
+
 def _all_entries(node: Node) -> Any:
     """The entries of a constant, those at the first 256 places of a long axis."""
     sizes = [min(size, 256) if at else size for at, size in enumerate(node.shape)]
@@ -304,6 +351,8 @@ def _all_entries(node: Node) -> Any:
 def embedding(node: Node) -> Step:
     """`Embed`: rows of a table, one for each integer."""
     table, indices = node.operands
+    if table.flows:
+        return nearest(node)
     path, _, name = f"/{table.path}".rpartition("/")
     if table.op != "param" or name != "embedding" or not indices.flows:
         raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
@@ -485,6 +534,53 @@ def parts(node: Node) -> Step:
     return Step(node, signal, taken=cut, opaque=True)
 
 
+def nearest(node: Node) -> Step:
+    """`Resize`: one axis by constant indices, each the nearest."""
+    signal, indices = node.operands
+    found = node.options["dimension_numbers"]
+    axes = {*found.collapsed_slice_dims, *found.start_index_map}
+    unknown = Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
+    if len(axes) != 1 or len(indices.shape) != 2 or indices.flows:
+        raise unknown
+    (axis,) = axes
+    before, after = signal.shape[axis], indices.shape[0]
+    others = [place for place in range(len(node.shape)) if place != axis]
+    if tuple(found.offset_dims) != tuple(others) or axis == 0:
+        raise unknown
+    try:
+        taken = graph.entries(indices, [np.arange(after), 0])
+    except graph.Unmatched:
+        raise unknown from None
+    if not np.array_equal(taken, np.floor((np.arange(after) + 0.5) * before / after)):
+        raise unknown
+    resized = (axis, axis, after, "nearest")
+    return Step(node, signal, resized=resized, opaque=True)
+
+
+def interpolation(node: Node) -> Step | None:
+    """`Resize`: one axis times a constant matrix; None where it is none."""
+    which = node.operands[0].flows
+    matrix, signal = node.operands[which], node.operands[1 - which]
+    contracted, batched = numbers(node)
+    if matrix.origins - {"array"} or len(matrix.shape) != 2 or batched[0]:
+        return None
+    (axis,), (row,) = contracted[1 - which], contracted[which]
+    before, after = matrix.shape[row], matrix.shape[1 - row]
+    try:
+        weights = graph.entries(matrix, [*np.indices(matrix.shape)])
+    except graph.Unmatched:
+        return None
+    step = before / after
+    places = (np.arange(after)[:, None] + 0.5) * step - 0.5
+    linear = np.maximum(1 - np.abs(places - np.arange(before)) / max(step, 1.0), 0)
+    linear = linear / linear.sum(axis=1, keepdims=True)
+    found = weights if row else weights.T
+    if found.shape != linear.shape or not np.allclose(found, linear, atol=1e-5):
+        return None
+    place = 0 if not which else len(node.shape) - 1
+    return Step(node, signal, resized=(axis, place, after, "bilinear"), opaque=True)
+
+
 @rule("pad")
 def zero_padding(node: Node) -> Step:
     """Zeros around the positions, for a convolution to come."""
@@ -505,6 +601,9 @@ def zero_padding(node: Node) -> Step:
 def concatenation(node: Node) -> Step:
     """`Concatenate`, `ClassToken`; or padding with parts of the signal itself."""
     axis, rank = node.options["dimension"], len(node.shape)
+    rotated = rotation(node) if axis == rank - 1 else None
+    if rotated is not None:
+        return rotated
     wrapped = _wrapped(node, axis) if 0 < axis < rank - 1 else None
     if wrapped is not None:
         return wrapped

@@ -26,6 +26,7 @@ from backmatch_optax.infer.links import (
     Unknown,
     description,
     positions,
+    rotation,
 )
 from backmatch_optax.spec.link import Shape
 
@@ -150,6 +151,9 @@ class _Cutter:
                 yield _tried(lambda: self._residual(node))
             if source is start or (isinstance(step, Node) and not graph.known(step)):
                 break
+        if node.op in _SUMS and len(node.flow) == 2:
+            rotated = rotation(node)
+            yield from () if rotated is None else (rotated,)
         if node.op == "mul" and len(node.flow) == 2:
             yield _tried(lambda: self._gate(node))
         yield from late

@@ -9,6 +9,7 @@ from examples.studies import (
     local_hessian_cost,
     predicted_scales,
     transformer,
+    which_models,
 )
 
 
@@ -52,3 +53,14 @@ def test_the_cost_of_local_hessians_has_a_row_for_each_program(capsys):
     printed = capsys.readouterr().out
     for program in ("gradient", "mean diagonal", "spectrum", "condition number"):
         assert f"| 2 | 2,048 | {program}" in printed
+
+
+def test_the_table_of_models_says_how_good_a_chain_is_or_why_there_is_none(tmp_path):
+    output = tmp_path / "table.md"
+    arguments = ["--models", "two towers", "LSTM", "--output", str(output)]
+    *_, towers, recurrent = which_models.main(arguments)
+    assert output.read_text().endswith(f"{towers}\n{recurrent}\n")
+    ratio = float(towers.split(" | ")[3].partition(" (")[0])
+    assert ratio < 2
+    assert "refused: in module 'RNN_0': scan is a loop" in recurrent
+    assert "[spec.Block('LSTMCell_0')]" in recurrent

@@ -272,10 +272,10 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         IMAGES,
         "div combines the signal with an array",
     ),
-    "upsampling": (
-        lambda _, x: jax.image.resize(x, (2, 16, 16, 6), "nearest"),
+    "upsampling by splines": (
+        lambda _, x: jax.image.resize(x, (2, 16, 16, 6), "cubic"),
         IMAGES,
-        "gather",
+        "the kernel of dot_general is an array",
     ),
     "sort": (lambda _, x: jnp.sort(x, -1), IMAGES, "sort is an order by value"),
     "custom derivative": (

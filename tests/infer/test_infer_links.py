@@ -558,6 +558,16 @@ CONSTRUCTS |= {
         [spec.Activation("tanh"), spec.Resize((16, 16))],
         IMAGES,
     ),
+    "upsampling": (
+        lambda _, x: jax.image.resize(nn.tanh(x), (2, 16, 12, 6), "nearest"),
+        [spec.Activation("tanh"), spec.Resize((16, 12))],
+        IMAGES,
+    ),
+    "bilinear upsampling": (
+        lambda _, x: jax.image.resize(nn.tanh(x), (2, 16, 12, 6), "bilinear"),
+        [spec.Activation("tanh"), spec.Resize((16, 12), method="bilinear")],
+        IMAGES,
+    ),
     "mixing of tokens": (
         lambda _, x: (
             x + jnp.swapaxes(nn.Dense(5, name="d")(jnp.swapaxes(x, 1, 2)), 1, 2)

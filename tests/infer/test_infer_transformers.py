@@ -15,6 +15,7 @@ from zoo_nnx import abstract
 
 from backmatch_optax import spec
 from backmatch_optax.infer import infer_spec
+from examples import language_model
 
 TOKENS = array(3, zoo.LENGTH, dtype=jnp.int32)
 
@@ -189,3 +190,42 @@ def test_24_layers_take_two_seconds():
     start = time.process_time()
     infer_spec(model, TOKENS)
     assert time.process_time() - start < 4  # 2 on an idle machine
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_rotary_positions_change_nothing(halves, orthogonal):
+    angles = jnp.arange(8)[:, None] * 100.0 ** (-jnp.arange(2) / 2)
+    sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
+    sin = sin if orthogonal else 2 * sin
+
+    def rotated(x: Any) -> Any:
+        a, b = jnp.split(x, 2, axis=-1)
+        if halves:
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        turned = jnp.concatenate([-b, a], axis=-1)
+        sines, cosines = (jnp.concatenate([x, x], axis=-1) for x in (sin, cos))
+        return x * cosines + turned * sines
+
+    class Rotary(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q, k, v = (nn.DenseGeneral((2, 4), name=name)(x) for name in "qkv")
+            return nn.dot_product_attention(rotated(q), rotated(k), v)
+
+    arms = [[spec.DenseGeneral(name)] for name in "qkv"]
+    if not orthogonal:
+        with pytest.raises(ValueError, match="mul combines the signal with an array"):
+            infer_spec(Rotary(), array(2, 8, 6))
+        return
+    chain = infer_spec(Rotary(), array(2, 8, 6))
+    assert chain.layers == (spec.DotProductAttention(*arms),)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_the_language_model_of_the_examples(norm, mlp):
+    size = language_model.Size(norm=norm, mlp=mlp)
+    model = abstract(lambda rngs: language_model.GPT(size, rngs=rngs))
+    chain = infer_spec(model, array(2, size.context, dtype=jnp.int32))
+    assert chain == language_model.declared(size)

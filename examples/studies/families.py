@@ -1,0 +1,259 @@
+"""Model families as people write them, small enough to be measured in seconds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Function = Callable[[jax.Array], jax.Array]
+
+
+class ResNet(nn.Module):
+    """Residual blocks of two convolutions, He et al. (2016)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """What it makes of a batch."""
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.relu(norm()(nn.Conv(16, (3, 3), use_bias=False)(x)))
+        for features, strides in ((16, 1), (32, 2)):
+            y = nn.Conv(features, (3, 3), strides, use_bias=False)(x)
+            y = nn.Conv(features, (3, 3), use_bias=False)(nn.relu(norm()(y)))
+            if x.shape != y.shape:
+                x = norm()(nn.Conv(features, (1, 1), strides, use_bias=False)(x))
+            x = nn.relu(x + norm()(y))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class DenseNet(nn.Module):
+    """Every layer sees all before it, Huang et al. (2017)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """What it makes of a batch."""
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        x = nn.Conv(8, (3, 3))(x)
+        for _ in range(3):
+            y = nn.Conv(16, (1, 1), use_bias=False)(nn.relu(norm()(x)))
+            y = nn.Conv(4, (3, 3), use_bias=False)(nn.relu(norm()(y)))
+            x = jnp.concatenate([x, y], axis=-1)
+        return nn.Dense(10)(nn.relu(norm()(x)).mean((1, 2)))
+
+
+class UNet(nn.Module):
+    """Skips from the way down to the way up, Ronneberger et al. (2015)."""
+
+    upsampling: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        a = self.layer(x, 8)
+        b = self.layer(nn.max_pool(a, (2, 2), (2, 2)), 16)
+        c = self.layer(nn.max_pool(b, (2, 2), (2, 2)), 32)
+        b = self.layer(jnp.concatenate([self.grow(c, 16), b], axis=-1), 16)
+        a = self.layer(jnp.concatenate([self.grow(b, 8), a], axis=-1), 8)
+        return nn.Conv(3, (1, 1))(a)
+
+    def layer(self, x: jax.Array, features: int) -> jax.Array:
+        """A convolution, its normalisation and a ReLU."""
+        return nn.relu(nn.GroupNorm(2)(nn.Conv(features, (3, 3))(x)))
+
+    def grow(self, x: jax.Array, features: int) -> jax.Array:
+        """Twice as many positions along either axis."""
+        if self.upsampling == "transposed":
+            return nn.ConvTranspose(features, (2, 2), (2, 2))(x)
+        shape = (x.shape[0], 2 * x.shape[1], 2 * x.shape[2], x.shape[3])
+        x = jax.image.resize(x, shape, self.upsampling)
+        return nn.Conv(features, (3, 3))(x)
+
+
+class MobileNet(nn.Module):
+    """Inverted residuals with squeeze and excite: MobileNetV3 and EfficientNet."""
+
+    activation: Function
+    gate: Function
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = True) -> jax.Array:
+        """What it makes of a batch."""
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train)
+        conv = functools.partial(nn.Conv, use_bias=False)
+        x = self.activation(norm()(conv(8, (3, 3), 2)(x)))
+        for features, strides in ((8, 1), (16, 2)):
+            inner = 3 * x.shape[-1]
+            y = self.activation(norm()(conv(inner, (1, 1))(x)))
+            depthwise = conv(inner, (3, 3), strides, feature_group_count=inner)
+            y = self.activation(norm()(depthwise(y)))
+            squeezed = nn.relu(nn.Conv(8, (1, 1))(y.mean((1, 2), keepdims=True)))
+            y = y * self.gate(nn.Conv(inner, (1, 1))(squeezed))
+            y = norm()(conv(features, (1, 1))(y))
+            x = x + y if x.shape == y.shape else y
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class ConvNext(nn.Module):
+    """Depthwise convolutions and layer scale, Liu et al. (2022)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.LayerNorm()(nn.Conv(16, (4, 4), (4, 4))(x))
+        for index in range(2):
+            y = nn.LayerNorm()(nn.Conv(16, (7, 7), feature_group_count=16)(x))
+            y = nn.Dense(16)(nn.gelu(nn.Dense(64)(y)))
+            gamma = self.param(f"gamma_{index}", nn.initializers.constant(0.5), (16,))
+            x = x + gamma * y
+        return nn.Dense(10)(nn.LayerNorm()(x.mean((1, 2))))
+
+
+class Mixer(nn.Module):
+    """Kernels over positions and over features in turn, Tolstikhin et al. (2021)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Conv(16, (4, 4), (4, 4))(x).reshape((x.shape[0], -1, 16))
+        for _ in range(2):
+            y = nn.LayerNorm()(x).swapaxes(1, 2)
+            x = x + nn.Dense(y.shape[-1])(nn.gelu(nn.Dense(32)(y))).swapaxes(1, 2)
+            x = x + nn.Dense(16)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
+
+
+class Vit(nn.Module):
+    """Patches as tokens, Dosovitskiy et al. (2021)."""
+
+    pool: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        normal = nn.initializers.normal(1.0)
+        x = nn.Conv(16, (4, 4), (4, 4))(x).reshape((x.shape[0], -1, 16))
+        if self.pool == "token":
+            token = jnp.tile(self.param("token", normal, (1, 1, 16)), (len(x), 1, 1))
+            x = jnp.concatenate([token, x], axis=1)
+        x = x + self.param("positions", normal, (1, x.shape[1], 16))
+        for _ in range(2):
+            y = nn.LayerNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(2)(y, y)
+            x = x + nn.Dense(16)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        x = nn.LayerNorm()(x)
+        return nn.Dense(10)(x[:, 0] if self.pool == "token" else x.mean(1))
+
+
+class LinenGpt(nn.Module):
+    """A decoder with learned positions, SwiGLU and a tied head."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        embed = nn.Embed(64, 32)
+        x = embed(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.3), (1, 16, 32))
+        for _ in range(2):
+            y = nn.LayerNorm()(x)
+            mask = nn.make_causal_mask(tokens)
+            x = x + nn.MultiHeadDotProductAttention(4)(y, mask=mask)
+            y = nn.LayerNorm()(x)
+            x = x + nn.Dense(32)(nn.silu(nn.Dense(64)(y)) * nn.Dense(64)(y))
+        return embed.attend(nn.LayerNorm()(x))
+
+
+class NnxGpt(nnx.Module):
+    """A decoder with one kernel for queries, keys and values."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(64, 32, rngs=rngs)
+        self.positions = nnx.Embed(16, 32, rngs=rngs)
+        self.norm_1, self.norm_2, self.norm = (
+            nnx.RMSNorm(32, rngs=rngs) for _ in range(3)
+        )
+        self.qkv = nnx.Linear(32, 96, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(32, 32, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(32, 128, rngs=rngs)
+        self.down = nnx.Linear(128, 32, rngs=rngs)
+        self.head = nnx.Linear(32, 64, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = self.embed(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        heads = self.qkv(self.norm_1(x)).reshape((*x.shape[:2], 3, 4, 8))
+        q, k, v = (heads[:, :, index] for index in range(3))
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.reshape(x.shape))
+        x = x + self.down(nnx.gelu(self.up(self.norm_2(x))))
+        return self.head(self.norm(x))
+
+
+class Rotary(nn.Module):
+    """A decoder whose positions are rotations of queries and keys."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Embed(64, 32)(tokens)
+        y = nn.RMSNorm()(x)
+        q, k, v = (nn.DenseGeneral((4, 8))(y) for _ in range(3))
+        angles = jnp.arange(16)[:, None] * 100.0 ** (-jnp.arange(4) / 4)
+        sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
+
+        def rotated(heads: jax.Array) -> jax.Array:
+            a, b = jnp.split(heads, 2, axis=-1)
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+        y = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        x = x + nn.DenseGeneral(32, axis=(-2, -1))(y)
+        return nn.Dense(64)(nn.RMSNorm()(x))
+
+
+class TwoTowers(nn.Module):
+    """Images and text side by side, Radford et al. (2021)."""
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, tokens: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What it makes of a batch."""
+        image = nn.relu(nn.Conv(16, (4, 4), (4, 4))(images)).mean((1, 2))
+        text = nn.Embed(64, 16)(tokens)
+        text = text + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(text))
+        return nn.Dense(16)(image), nn.Dense(16)(text[:, 0])
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value on one body."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What it makes of a batch."""
+        x = nn.relu(nn.Conv(8, (4, 4), (2, 2))(x))
+        x = nn.relu(nn.Dense(32)(x.reshape((x.shape[0], -1))))
+        return nn.Dense(4)(x), nn.Dense(1)(x)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over tokens."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        return nn.Dense(64)(nn.RNN(nn.LSTMCell(32))(nn.Embed(64, 32)(tokens)))
+
+
+class Variational(nn.Module):
+    """An autoencoder whose code is drawn at random."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.relu(nn.Dense(32)(x.reshape((x.shape[0], -1))))
+        mean, deviation = nn.Dense(8)(x), jnp.exp(0.5 * nn.Dense(8)(x))
+        noise = jax.random.normal(self.make_rng("params"), mean.shape)
+        return nn.Dense(64)(nn.relu(nn.Dense(32)(mean + noise * deviation)))

@@ -1,0 +1,153 @@
+"""Which model families have a chain, and how far its scales are from measured ones.
+
+Small versions of each, with random weights and random data. The worst ratio is the
+largest factor, over all kernels and tables, by which a declared scale is off from a
+measured one, with mean-field gains.
+
+    python -m examples.studies.which_models
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+from examples.studies import families
+
+RESULT = Path(__file__).parent / "results" / "which_models.md"
+IMAGES, TOKENS = (16, 16, 3), (16,)
+MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
+    "ResNet": (families.ResNet(), "Linen", (IMAGES,)),
+    "DenseNet": (families.DenseNet(), "Linen", (IMAGES,)),
+    "U-Net, nearest": (families.UNet("nearest"), "Linen", (IMAGES,)),
+    "U-Net, bilinear": (families.UNet("bilinear"), "Linen", (IMAGES,)),
+    "U-Net, transposed": (families.UNet("transposed"), "Linen", (IMAGES,)),
+    "MobileNetV3": (
+        families.MobileNet(nn.hard_swish, nn.hard_sigmoid),
+        "Linen",
+        (IMAGES,),
+    ),
+    "EfficientNet": (families.MobileNet(nn.swish, nn.sigmoid), "Linen", (IMAGES,)),
+    "ConvNeXt": (families.ConvNext(), "Linen", (IMAGES,)),
+    "MLP-Mixer": (families.Mixer(), "Linen", (IMAGES,)),
+    "ViT, class token": (families.Vit("token"), "Linen", (IMAGES,)),
+    "ViT, mean": (families.Vit("mean"), "Linen", (IMAGES,)),
+    "GPT, SwiGLU, tied head": (families.LinenGpt(), "Linen", (TOKENS,)),
+    "GPT, fused kernel, RMSNorm": (families.NnxGpt, "NNX", (TOKENS,)),
+    "GPT, rotary positions": (families.Rotary(), "Linen", (TOKENS,)),
+    "two towers": (families.TwoTowers(), "Linen", (IMAGES, TOKENS)),
+    "actor and critic": (families.ActorCritic(), "Linen", (IMAGES,)),
+    "LSTM": (families.Recurrent(), "Linen", (TOKENS,)),
+    "variational autoencoder": (families.Variational(), "Linen", (IMAGES,)),
+}
+
+
+def links_in(links: Sequence[spec.Link]) -> int:
+    """How many links a chain has, those inside others included."""
+    inner = (arm for link in links for arm in link.arms.values())
+    return len(links) + sum(map(links_in, inner))
+
+
+def random_inputs(shapes: Sequence[tuple[int, ...]], batch: int) -> list[jax.Array]:
+    """Normal images, uniform tokens."""
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    return [
+        jax.random.randint(key, (batch, *shape), 0, 64)
+        if len(shape) == 1
+        else jax.random.normal(key, (batch, *shape))
+        for shape, key in zip(shapes, keys, strict=True)
+    ]
+
+
+def compared(
+    model: Any, chain: spec.LayerChain, inputs: Sequence[jax.Array]
+) -> tuple[float, str]:
+    """The largest factor by which a scale is off, and of which layer."""
+    if isinstance(model, nn.Module):
+        variables = jax.jit(model.init)(jax.random.key(0), *inputs)
+        params = variables["params"]
+        others = {name: v for name, v in variables.items() if name != "params"}
+
+        def fn(params: Any, *inputs: Any) -> Any:
+            given = {"params": params, **others}
+            return model.apply(given, *inputs, mutable=list(others))[0]
+
+    else:
+        made = nnx.jit(lambda: model(nnx.Rngs(0)))()
+        graphdef, params, others = nnx.split(made, nnx.Param, ...)
+
+        def fn(params: Any, *inputs: Any) -> Any:  # pyright: ignore
+            return nnx.merge(graphdef, params, others)(*inputs)
+
+    ratios = bmo.compare_scales(
+        chain, params, fn, *inputs, key=jax.random.key(2)
+    ).ratios
+    factors = {
+        path: max(ratio, 1 / ratio)
+        for path, ratio in ratios.items()
+        if ratio and "norm" not in path.lower()
+    }
+    worst = max(factors, key=lambda path: factors[path])
+    return factors[worst], worst
+
+
+def row(name: str, batch: int) -> str:
+    """The line of the table for one model."""
+    model, library, shapes = MODELS[name]
+    inputs = random_inputs(shapes, batch)
+    abstract = (
+        model if library == "Linen" else nnx.eval_shape(lambda: model(nnx.Rngs(0)))
+    )
+    start = time.perf_counter()
+    try:
+        chain = bmo.infer_spec(abstract, *inputs)
+    except ValueError as error:
+        seconds = time.perf_counter() - start
+        reason = str(error).removeprefix("infer_spec: ").partition(" (")[0]
+        reason = reason.partition(". ")[0]
+        block = str(error).partition("Pass blocks=")[2].partition(" to make")[0]
+        return (
+            f"| {name} | {library} | refused: {reason}; `{block}` | | {seconds:.1f} |"
+        )
+    seconds = time.perf_counter() - start
+    factor, path = compared(model, chain, inputs)
+    number = links_in(chain.layers)
+    return (
+        f"| {name} | {library} | {number} | {factor:.1f} (`{path}`) | {seconds:.1f} |"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> list[str]:
+    """Writes the table; returns its lines."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.studies.which_models",
+        description="Which model families have a chain, and how good it is.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--models", nargs="*", default=[*MODELS], choices=[*MODELS])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args(arguments)
+    lines = [
+        "| model | library | links | worst ratio | seconds to infer |",
+        "|---|---|---|---|---|",
+    ]
+    for name in tqdm(options.models, unit="model"):
+        lines.append(row(name, options.batch_size))
+        tqdm.write(lines[-1])
+    options.output.write_text("\n".join(lines) + "\n")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
