@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -31,7 +30,11 @@ from jax import lax
 # in a barrier. JAX traces each once. XLA compiles kernels that are equal once, and
 # without a barrier it would compute a number anew in every kernel that depends on it.
 _once = lax.optimization_barrier
-_ROW = 32  # arrays that are gathered by one kernel
+_ROW = 32  # scalars that are gathered by one kernel
+
+# Log and order of smallness. Two scalars: older XLAs fuse a whole recursion into one
+# kernel, and what is a vector in between they compute exponentially often.
+Pair = tuple[jax.Array, jax.Array]
 
 
 class Atom:
@@ -47,12 +50,12 @@ class Atom:
 
     def __init__(
         self,
-        pair: jax.Array | None = None,
+        pair: Pair | None = None,
         *,
         value: jax.Array | None = None,
         count: int = 1,
         floor: jax.typing.ArrayLike | None = None,
-        floored: jax.Array | None = None,
+        floored: Pair | None = None,
     ):
         self._pair = pair
         self._floored = floored
@@ -61,7 +64,7 @@ class Atom:
         self.floor = floor  # the least that a norm counts as; None for what is no norm
 
     @functools.cached_property
-    def pair(self) -> jax.Array:
+    def pair(self) -> Pair:
         """Log and order: 0 or, of an exact zero, 1; of products the sum."""
         if self._pair is not None:
             return self._pair
@@ -69,7 +72,7 @@ class Atom:
         return _measured_pair(self.value, 1.0 / self.count)
 
     @functools.cached_property
-    def floored(self) -> jax.Array:
+    def floored(self) -> Pair:
         """The same where it is divided by."""
         if self._floored is not None:
             return self._floored
@@ -177,10 +180,10 @@ def measured(
 
 
 def _made(
-    pair: jax.Array,
+    pair: Pair,
     *,
     floor: jax.typing.ArrayLike | None = None,
-    floored: jax.Array | None = None,
+    floored: Pair | None = None,
 ) -> Positive:
     """What other numbers make, as an atom of its own."""
     return Positive(0.0, {Atom(pair, floor=floor, floored=floored): 1})
@@ -225,7 +228,7 @@ class _Product(NamedTuple):
 
     log_constant: jax.typing.ArrayLike
     powers: Sequence[jax.typing.ArrayLike]
-    pairs: Sequence[jax.Array]
+    pairs: Sequence[Pair]
 
 
 def _product(value: Positive, floored_where: int = 0) -> _Product:
@@ -237,19 +240,21 @@ def _product(value: Positive, floored_where: int = 0) -> _Product:
     return _Product(value.log_constant, [*value.powers.values()], pairs)
 
 
-def _log_and_order(of: _Product) -> tuple[jax.Array, jax.Array]:
-    zeros = jnp.zeros(2, jnp.result_type(jnp.float32, *of.pairs))
-    log, order = sum(map(operator.mul, of.powers, of.pairs), zeros)
-    return log + of.log_constant, order
+def _log_and_order(of: _Product) -> Pair:
+    dtype = jnp.result_type(jnp.float32, *(log for log, _ in of.pairs))
+    log, order = jnp.asarray(of.log_constant, dtype), jnp.zeros((), dtype)
+    for power, (atom_log, atom_order) in zip(of.powers, of.pairs, strict=True):
+        log, order = log + power * atom_log, order + power * atom_order
+    return log, order
 
 
 @jax.jit
-def _one(product: _Product) -> jax.Array:
-    return _once(jnp.stack(_log_and_order(product)))
+def _one(product: _Product) -> Pair:
+    return _once(_log_and_order(product))
 
 
 @jax.jit
-def _sum(left: _Product, right: _Product) -> jax.Array:
+def _sum(left: _Product, right: _Product) -> Pair:
     """A sum, in which the term of higher order plays no part."""
     (left_log, left_order), (right_log, right_order) = map(
         _log_and_order, (left, right)
@@ -259,13 +264,13 @@ def _sum(left: _Product, right: _Product) -> jax.Array:
     log = jnp.where(left_order < right_order, left_log, log)
     hidden = jnp.isnan(left_log) | jnp.isnan(right_log)  # it must not be
     log = jnp.where(hidden, jnp.nan, log)
-    return _once(jnp.stack([log, jnp.minimum(left_order, right_order)]))
+    return _once((log, jnp.minimum(left_order, right_order)))
 
 
 @jax.jit
-def _share(part: _Product, log_rest: jax.typing.ArrayLike) -> jax.Array:
+def _share(part: _Product, log_rest: jax.typing.ArrayLike) -> Pair:
     log = -jax.nn.softplus(log_rest - _log_and_order(part)[0])
-    return _once(jnp.stack([log, jnp.zeros_like(log)]))
+    return _once((log, jnp.zeros_like(log)))
 
 
 @jax.jit
@@ -277,7 +282,7 @@ def _magnitude(product: _Product) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _applied(
     function: Callable[..., Sequence[jax.Array]], products: Sequence[_Product | None]
-) -> list[jax.Array]:
+) -> list[Pair]:
     results = function(
         *(jnp.float32(0) if p is None else _magnitude(p) for p in products)
     )
@@ -285,19 +290,19 @@ def _applied(
 
 
 @jax.jit
-def _measured_pair(value: jax.Array, factor: jax.typing.ArrayLike) -> jax.Array:
+def _measured_pair(value: jax.Array, factor: jax.typing.ArrayLike) -> Pair:
     limits = jnp.finfo(value.dtype)
-    return _once(jnp.stack(_measured(value * factor, limits.tiny, limits.max)))
+    return _once(_measured(value * factor, limits.tiny, limits.max))
 
 
 @jax.jit
-def _raised_pair(pair: jax.Array, floor: jax.typing.ArrayLike) -> jax.Array:
-    return _once(jnp.stack([_raised(pair[0], pair[1], floor), pair[1]]))
+def _raised_pair(pair: Pair, floor: jax.typing.ArrayLike) -> Pair:
+    return _once(_raised(*pair, floor)), pair[1]
 
 
 def _measured(
     value: jax.Array, tiny: jax.typing.ArrayLike, largest: jax.typing.ArrayLike
-) -> tuple[jax.Array, jax.Array]:
+) -> Pair:
     """Logs and orders, elementwise."""
     # Subnormals too: XLA may flush them to zero in `log`.
     is_zero = jnp.abs(value) < tiny
@@ -348,7 +353,7 @@ def log_vector(
         parts.append(_raised(*_log_norms([*raised], dtype), _floors([*raised], dtype)))
     if made or made_raised:
         pairs = [atom.pair for atom in made] + [atom.floored for atom in made_raised]
-        parts.append(stacked([pair.astype(dtype) for pair in pairs])[:, 0])
+        parts.append(stacked([log.astype(dtype) for log, _ in pairs]))
     place = 0
     for atoms in groups:
         for atom in atoms:
@@ -372,7 +377,7 @@ def _floors(atoms: Sequence[Atom], dtype: jnp.dtype) -> jax.Array:
     return jnp.stack([jnp.asarray(atom.floor, dtype) for atom in atoms])
 
 
-def _log_norms(atoms: Sequence[Atom], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _log_norms(atoms: Sequence[Atom], dtype: jnp.dtype) -> Pair:
     """Logs and orders of measured numbers, as vectors."""
     values = [atom.value for atom in atoms if atom.value is not None]
     limits = [jnp.finfo(value.dtype) for value in values]
@@ -396,23 +401,23 @@ def finite_exp(log: jax.Array) -> jax.Array:
     return jnp.exp(jnp.clip(log, lowest + 0.5, highest - 0.5))
 
 
-def stacked(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Arrays of one shape, scalars too, side by side on a new first axis.
+def stacked(scalars: Sequence[jax.Array]) -> jax.Array:
+    """Scalars as a vector, of which every entry is computed once.
 
     In rows, each gathered by the same small kernel: one with a thousand operands takes
-    long to compile. The barriers keep XLA from fusing each array into every consumer
-    of the whole, which makes compilation quadratic in depth.
+    long to compile. The barriers keep XLA from fusing each scalar into every consumer
+    of the vector, which makes compilation quadratic in depth.
     """
-    count = len(arrays)
+    count = len(scalars)
     width = min(_ROW, count)
-    padded = [*arrays, *[arrays[-1]] * (-count % width)]
+    padded = [*scalars, *[scalars[-1]] * (-count % width)]
     rows = [_row(*padded[i : i + width]) for i in range(0, len(padded), width)]
     return _once(lax.concatenate(rows, 0)[:count])
 
 
 @jax.jit
-def _row(*arrays: jax.Array) -> jax.Array:
-    return _once(jnp.stack(arrays))
+def _row(*scalars: jax.Array) -> jax.Array:
+    return _once(jnp.stack(scalars))
 
 
 def separate(vector: jax.Array) -> list[jax.Array]:
