@@ -17,6 +17,7 @@ from backmatch_optax.scales import (
     LIMIT,
     NORM_FLOOR,
     check_options,
+    every,
     main_path,
     scale_of_params,
     walk,
@@ -50,6 +51,8 @@ def describe(
     * `m`: the backward factor at its output;
     * `scale`: what the gradient of its first parameter is multiplied by:
       `1 / (m * m_W)`, divided by the mean of all with `normalize`.
+
+    Below the table stand the links whose rule may be far off in this chain, and why.
 
     Args:
       spec: the declared chain.
@@ -93,7 +96,19 @@ def describe(
     check_options(gains, norm_floor, normalize, limit, unlisted)
     sites = walk(spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted)
     scales = scale_of_params(sites, normalize, limit)
-    return aligned([_HEADER, *_rows(sites, scales, depth=0)])
+    table = aligned([_HEADER, *_rows(sites, scales, depth=0)])
+    return "\n".join([table, *_approximations(sites)])
+
+
+def _approximations(sites: Sequence[Site]) -> Iterator[str]:
+    """A line for each link of the chain whose rule may be far off, and why."""
+    mean_above = False
+    for site in reversed([*every(sites)]):
+        link = site.link
+        mean_above |= isinstance(link, _spec.GlobalAvgPool)
+        reason = link.approximate or (mean_above and link.approximate_below_a_mean)
+        if reason:
+            yield f"approximate: {site.label}: {reason}"
 
 
 def _rows(

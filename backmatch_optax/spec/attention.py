@@ -163,6 +163,11 @@ class DotProductAttention(Link):
     causal: bool = dataclasses.field(default=False, kw_only=True)
     attended: float | None = dataclasses.field(default=None, kw_only=True)
 
+    approximate_below_a_mean = (
+        "every position gets the same signal back from the mean, and equal terms add "
+        "up where independent ones cancel; off by up to the number of positions"
+    )
+
     def validate(self) -> None:
         for name in ("query", "key", "value"):
             self._canonical(**{name: checked_links(name, getattr(self, name))})

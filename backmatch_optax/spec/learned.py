@@ -199,6 +199,11 @@ class ClassToken(_Learned):
       spec.ClassToken('cls')
     """
 
+    approximate = (
+        "its rule takes the mean over all positions, but a head may read the token "
+        "alone; its own scale is then too large by their number"
+    )
+
     path: str
 
     def shape_after(

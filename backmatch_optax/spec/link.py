@@ -143,7 +143,7 @@ class Link:
       >>> import backmatch_optax as bmo
       >>> from backmatch_optax import spec
       >>> @dataclasses.dataclass(frozen=True, repr=False)
-      ... class LayerScale(spec.Link):  # multiplies every feature by a learned gamma
+      ... class Gamma(spec.Link):  # multiplies every feature by a learned number
       ...     path: str
       ...     roles = required_roles = ("gamma",)
       ...
@@ -155,7 +155,7 @@ class Link:
       ...
       ...     def m_z(self, here):
       ...         return here.squared_row_norm("gamma")
-      >>> links = [LayerScale("scale"), spec.Dense("fc")]
+      >>> links = [Gamma("scale"), spec.Dense("fc")]
       >>> chain = spec.LayerChain(links, input_shape=(4,))
       >>> gamma, kernel = jnp.full(4, 2.0), jnp.ones((4, 8))
       >>> params = {"scale": {"gamma": gamma}, "fc": {"kernel": kernel}}
@@ -176,6 +176,10 @@ class Link:
     adds_arms: ClassVar[bool] = False
     declares_arms: ClassVar[bool] = True  # or others declare what they own
     begins: ClassVar[bool] = False  # takes an input of its own, not what lies below
+    # Why scales may be far off, for `describe`; the second where a mean over positions
+    # comes later.
+    approximate: ClassVar[str] = ""
+    approximate_below_a_mean: ClassVar[str] = ""
 
     def __post_init__(self):
         try:

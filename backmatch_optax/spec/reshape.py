@@ -251,6 +251,11 @@ class Resize(Link):
     shape: Sequence[int]
     method: str = dataclasses.field(default="nearest", kw_only=True)
 
+    approximate = (
+        "neighbours become alike, and a convolution above adds them up; the rule takes "
+        "positions for unrelated"
+    )
+
     def validate(self) -> None:
         if self.method not in METHODS:
             raise ValueError(

@@ -1,7 +1,7 @@
 """A small transformer on the digits, trained with scales that are measured.
 
-No chain describes attention, so the scales are measured instead of declared: one
-vector-Jacobian product every so many steps. SGD, Adam and measured backmatch get the
+The scales are measured instead of declared: one vector-Jacobian product every so many
+steps. That needs no chain. SGD, Adam and measured backmatch get the
 same number of learning rates, judged on training images held out, and then meet on the
 test images with seeds of their own.
 

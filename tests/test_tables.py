@@ -1,0 +1,42 @@
+"""What `describe` says beside its numbers."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import backmatch_optax as bmo
+from backmatch_optax import spec
+
+
+class Pooled(nn.Module):
+    """Attention, then the mean over positions or the last position alone."""
+
+    mean: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + nn.MultiHeadDotProductAttention(2, name="attend")(nn.LayerNorm()(x))
+        return nn.Dense(3)(x.mean(1) if self.mean else x)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_attention_below_a_mean_over_positions_is_said_to_be_approximate(mean):
+    model, x = Pooled(mean), jnp.ones((2, 5, 8))
+    params: Any = model.init(jax.random.key(0), x)["params"]
+    table = bmo.describe(bmo.infer_spec(model, x), params)
+    assert ("approximate: " in table) == mean
+    assert ("same signal back from the mean" in table) == mean
+
+
+def test_links_that_are_approximate_everywhere_say_so():
+    links = [spec.ClassToken("cls"), spec.Dense("head")]
+    chain = spec.LayerChain(links, input_shape=(4, 8))
+    params = {"cls": jnp.ones((1, 1, 8)), "head": {"kernel": jnp.ones((8, 3))}}
+    *_, last = bmo.describe(chain, params).splitlines()
+    assert last.startswith("approximate: 'cls': its rule takes the mean over all")
+    chain = spec.LayerChain([links[1]], input_shape=(4, 8))
+    table = bmo.describe(chain, {"head": params["head"]})
+    assert "approximate" not in table
