@@ -240,8 +240,10 @@ def _product(value: Positive, floored_where: int = 0) -> _Product:
     return _Product(value.log_constant, [*value.powers.values()], pairs)
 
 
-def _log_and_order(of: _Product) -> Pair:
-    dtype = jnp.result_type(jnp.float32, *(log for log, _ in of.pairs))
+def _log_and_order(of: _Product, beside: Sequence[Pair] = ()) -> Pair:
+    """Log and order, in a dtype that serves what stands beside the number as well."""
+    pairs = (*of.pairs, *beside)
+    dtype = jnp.result_type(jnp.float32, *(log for log, _ in pairs))
     log, order = jnp.asarray(of.log_constant, dtype), jnp.zeros((), dtype)
     for power, (atom_log, atom_order) in zip(of.powers, of.pairs, strict=True):
         log, order = log + power * atom_log, order + power * atom_order
@@ -256,9 +258,8 @@ def _one(product: _Product) -> Pair:
 @jax.jit
 def _sum(left: _Product, right: _Product) -> Pair:
     """A sum, in which the term of higher order plays no part."""
-    (left_log, left_order), (right_log, right_order) = map(
-        _log_and_order, (left, right)
-    )
+    left_log, left_order = _log_and_order(left, beside=right.pairs)
+    right_log, right_order = _log_and_order(right, beside=left.pairs)
     log = jnp.logaddexp(left_log, right_log)
     log = jnp.where(right_order < left_order, right_log, log)
     log = jnp.where(left_order < right_order, left_log, log)
