@@ -1,4 +1,4 @@
-"""The moments of a signal, and what a nonlinearity does to them.
+"""The moments of a signal.
 
 With the papers' gains only the second moment `q` is known, and a nonlinearity leaves
 it alone. With mean-field gains a unit's pre-activation is Gaussian: over inputs and
@@ -10,37 +10,17 @@ and a shortcut keeps the sign too.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from backmatch_optax.powers import Positive, applied, magnitudes, measured, number
+from backmatch_optax.powers import Positive
 
 Gains = Literal["paper", "mean_field"]
 
-# phi(c * x) = c * phi(x) for c > 0: their gains do not depend on the signal's size.
-_HOMOGENEOUS = ("identity", "leaky_relu", "relu")
-
-# Those whose slope is zero but for a few units about 0, and up to which size of the
-# signal the nodes below are dense enough there.
-_SATURATING = {
-    **dict.fromkeys(("hard_tanh", "sigmoid", "soft_sign", "tanh"), 5.0),
-    **dict.fromkeys(("hard_sigmoid", "relu6"), 15.0),
-}
-
-_NOTHING = 1e-9  # below the rounding of the integrals
-
-# Even in number: no node lies on a kink at 0.
-_NODES = np.linspace(-8.0, 8.0, 160)
-_DENSITY = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
+_NOTHING = 1e-9  # of a share: below the rounding of the integrals
 
 
 class Activated(NamedTuple):
@@ -205,141 +185,3 @@ def _sum_of_known(*terms: Positive | None) -> Positive | None:
 
 def _product_of_known(left: Positive | None, right: Positive | None) -> Positive | None:
     return None if left is None or right is None else left * right
-
-
-def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The elementwise function of that name, as Flax has it."""
-    return (lambda x: x) if name == "identity" else getattr(jax.nn, name)
-
-
-def after_activation(name: str, before: Moments) -> tuple[Moments, Positive]:
-    """Moments after a nonlinearity, and its backward gain `E phi'(x)^2`."""
-    return _after_maximum(name, before, 1)
-
-
-def after_prelu(slope: jax.Array, before: Moments) -> tuple[Moments, Positive]:
-    """As `after_activation`, of a leaky ReLU whose slope is an array."""
-    unit = before.q
-    zero = Positive(-math.inf)
-    parts = (before.variance, before.spread or zero, before.offset or zero)
-    variance, spread, offset = magnitudes([part / unit for part in parts])
-
-    def phi(x: jax.Array) -> jax.Array:
-        return jnp.where(x >= 0, x, slope * x)
-
-    after = _integrals(phi, 1, variance, spread, offset)
-    variance, spread, offset, gain = map(measured, after)
-    return Moments(variance, spread, offset) * unit, gain
-
-
-def after_max_pool(before: Moments, window: int) -> tuple[Moments, Positive]:
-    """Moments of the largest of `window` values, and the gain of its gradient.
-
-    The values count as independent about their unit's mean. The largest of several
-    ReLUs is active more often than each of them, so its gain is above 1.
-    """
-    name, inner = before.activated or Activated("identity", before)
-    _, alone = _after_maximum(name, inner, 1)
-    after, gain = _after_maximum(name, inner, window)
-    return dataclasses.replace(after, activated=None), gain / alone
-
-
-def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive]:
-    """Moments of `phi` of the largest of `window` values, and `E phi'^2` there."""
-    key = (name, window)
-    if key not in before.maxima:
-        before.maxima[key] = _maximum(name, before, window)
-    return before.maxima[key]
-
-
-def _maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive]:
-    unit = before.q if name in _HOMOGENEOUS else number(1.0)
-    parts = (before.variance, before.spread, before.offset)
-    sizes = [None if part is None else part / unit for part in parts]
-    known = [size for size in sizes if size is not None]
-    if any(size.powers for size in known):
-        after = applied(_named_integrals(name, window), sizes)
-    else:
-        figures = (0.0 if s is None else math.exp(s.log_constant) for s in sizes)
-        static = _static_integrals(name, window, *figures)
-        after = [None if value < _NOTHING else number(value) for value in static]
-    variance, spread, offset, gain = after
-    if variance is None or gain is None:
-        raise ValueError(f"{name!r} passes on neither signal nor gradient")
-    moments = Moments(variance, spread, offset) * unit
-    return dataclasses.replace(moments, activated=Activated(name, before)), gain
-
-
-@functools.lru_cache
-def _static_integrals(
-    name: str, window: int, variance: float, spread: float, offset: float
-) -> tuple[float, ...]:
-    """`_integrals` of numbers, in closed form where there is one."""
-    if name in _HOMOGENEOUS and window == 1 and not offset:
-        slope = {"identity": 1.0, "leaky_relu": 0.01, "relu": 0.0}[name]
-        q = variance + spread
-        gain = (1.0 + slope**2) / 2.0
-        mean_square = (1.0 + slope**2) * _relu_kernel(q, spread / q)
-        mean_square -= 2.0 * slope * _relu_kernel(q, -spread / q)
-        offset = (1.0 - slope) ** 2 * q / (2 * math.pi)
-        return gain * q - mean_square, mean_square - offset, offset, gain
-
-    def integrate() -> tuple[float, ...]:
-        sizes = (jnp.float32(value) for value in (variance, spread, offset))
-        return tuple(map(float, _named_integrals(name, window)(*sizes)))
-
-    # This thread may be tracing a function or be inside `shard_map`, where no array has
-    # a value. A new thread is not.
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
-        return executor.submit(integrate).result()
-
-
-def _relu_kernel(q: float, correlation: float) -> float:
-    """`E relu(x) relu(y)` of Gaussians of moment `q` (Cho and Saul, 2009)."""
-    angle = math.acos(max(-1.0, min(1.0, correlation)))
-    return q / (2 * math.pi) * (math.sin(angle) + correlation * (math.pi - angle))
-
-
-@functools.cache
-def _named_integrals(name: str, window: int) -> Callable[..., tuple[jax.Array, ...]]:
-    dense = _SATURATING.get(name, math.inf)
-    return functools.partial(_integrals, activation(name), window, dense=dense)
-
-
-def _integrals(
-    phi: Callable[[jax.Array], jax.Array],
-    window: int,
-    variance: jax.Array,
-    spread: jax.Array,
-    offset: jax.Array,
-    dense: float = math.inf,
-) -> tuple[jax.Array, ...]:
-    """Variance, spread and offset of the outputs, and `E phi'^2`.
-
-    Up to the size `dense` of the signal the nodes tell the slopes.
-    """
-    # The largest of n independent variables has their distribution to the power n.
-    largest = np.diff(np.cumsum(_DENSITY) ** window, prepend=0.0)
-    density, largest, nodes = (
-        jnp.asarray(array, jnp.float32) for array in (_DENSITY, largest, _NODES)
-    )
-    means = jnp.sqrt(offset) + jnp.sqrt(spread) * nodes
-    values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]
-    # Beside the output in the middle, so that a small variance is no difference.
-    middle = phi(means)
-    rests = phi(values) - middle[:, None]
-    # A larger signal meets those slopes in proportion less often.
-    size = jnp.sqrt(variance + spread + offset)
-    rarer = jnp.maximum(size / dense, 1.0)
-    # Elementwise, so that one product with ones is the derivative of each.
-    _, slopes = jax.jvp(phi, (values / rarer,), (jnp.ones_like(values),))
-    # One product of matrices: XLA compiles each anew.
-    rest, square, slope = jnp.stack([rests, rests**2, slopes**2]) @ largest
-    unit_means = middle + rest
-    common = density @ unit_means
-    return (
-        density @ jnp.maximum(square - rest**2, 0.0),
-        density @ (unit_means - common) ** 2,
-        common**2,
-        density @ slope / rarer,
-    )

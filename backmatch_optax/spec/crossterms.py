@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax.moments import Activated, Moments, activation, after_activation
+from backmatch_optax.activations import activation, after_activation
+from backmatch_optax.moments import Activated, Moments
 from backmatch_optax.powers import Positive, evaluate, magnitudes, measured, number
 from backmatch_optax.spec.link import Elementwise, Site
 

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import math
 
-from backmatch_optax.moments import Moments, activation, after_activation
+from backmatch_optax.activations import activation, after_activation
+from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Elementwise, Link, Site, check_number
 

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from backmatch_optax.moments import Moments, after_prelu, beside
+from backmatch_optax.activations import after_prelu
+from backmatch_optax.moments import Moments, beside
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Link, Shape, Site, check_path
 

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from backmatch_optax.moments import Moments, after_max_pool
+from backmatch_optax.activations import after_max_pool
+from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Link, Shape, Site
 from backmatch_optax.spec.windows import Windowed, checked_shape, per_dimension

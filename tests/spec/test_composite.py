@@ -11,7 +11,8 @@ from agreements import agreement, normal
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
-from backmatch_optax.moments import after_activation, beside
+from backmatch_optax.activations import after_activation
+from backmatch_optax.moments import beside
 from backmatch_optax.powers import number
 
 RELU = spec.Activation("relu")
