@@ -1,5 +1,6 @@
 """Settings that every test module relies on, made before JAX picks its backend."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -46,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
         patch.setenv(name.upper(), str(value))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten() -> Iterator[None]:
+    """Frees what a module has traced and compiled: gigabytes, all looked at by `gc`."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
