@@ -27,7 +27,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import backmatch_optax as bmo
-from backmatch_optax import moments as _moments
+from backmatch_optax import activations as _activations
 from backmatch_optax import spec
 from examples import data, distributed, methods, models
 
@@ -400,7 +400,7 @@ def test_mean_field_integrals_need_no_tracing_to_end(wrap):
         return bmo.layer_scales(chain, params, gains="mean_field", normalize=False)
 
     params = {"up": pair_params()["up"]}
-    _moments._static_integrals.cache_clear()
+    _activations._static_integrals.cache_clear()
     result = wrap(in_shard_map(scales, P()))(params)
     expected = bmo.layer_scales(chain, params, gains="mean_field", normalize=False)
     assert_trees_all_close(result, expected, rtol=1e-6)

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import backmatch_optax as bmo
+from backmatch_optax import activations as _activations
 from backmatch_optax import moments as _moments
 from backmatch_optax import spec
 from backmatch_optax.powers import evaluate, number
@@ -318,16 +319,16 @@ def test_moments_after_an_activation_are_those_of_samples(name, mean_square, win
     means = rng.normal(size=(2000, 1, 1))
     means = math.sqrt(mean_square) * (means - means.mean()) / means.std()
     values = means + math.sqrt(1.3) * rng.normal(size=(2000, 500, window))
-    phi = _moments.activation(name)
+    phi = _activations.activation(name)
     largest = values.max(-1).astype(np.float32)
     outputs, slopes = map(
         np.asarray, jax.jvp(phi, (largest,), (jnp.ones_like(largest),))
     )
     before = _moments.Moments(number(1.3), number(mean_square) if mean_square else None)
-    before, gain = _moments.after_activation(name, before)
+    before, gain = _activations.after_activation(name, before)
     if window > 1:
         alone = gain
-        before, more = _moments.after_max_pool(before, window)
+        before, more = _activations.after_max_pool(before, window)
         gain = more * alone
     q, variance, gain = (
         float(v) for v in evaluate([before.q, before.variance, gain], jnp.dtype("f4"))
@@ -350,8 +351,10 @@ def test_a_branch_with_an_activation_ends_what_a_batch_norm_centres(branch, cent
 def test_a_shortcut_keeps_the_sign_of_a_mean():
     # relu(x) + y for unrelated x and y: positive on the whole, so mostly passed on.
     x, y = np.random.default_rng(0).normal(size=(2, 10**6))
-    relu, _ = _moments.after_activation("relu", _moments.Moments(number(1.0)))
-    after, gain = _moments.after_activation("relu", relu + _moments.Moments(number(1)))
+    relu, _ = _activations.after_activation("relu", _moments.Moments(number(1.0)))
+    after, gain = _activations.after_activation(
+        "relu", relu + _moments.Moments(number(1))
+    )
     total = np.maximum(x, 0) + y
     figures = [after.q, gain, after.offset]
     figures = [float(value) for value in evaluate(figures, jnp.dtype("f4"))]
