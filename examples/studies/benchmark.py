@@ -5,13 +5,15 @@
 
 Everything is a ratio to SGD in the same run, the methods taking turns; ratios are
 medians of the ratios within a round, so that a machine whose speed drifts favours
-nobody. An update includes weight decay and momentum, but no gradient.
+nobody. Tracing and compiling count in seconds of the processor. An update includes
+weight decay and momentum, but no gradient.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import platform
 import time
@@ -22,27 +24,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from tqdm import tqdm
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
-from examples import data, methods, models, training
+from examples import data, language_model, methods, models, training
 from examples.arguments import whole
 from examples.studies.cifar import cpu
 
 METHODS = ("sgd", "backmatch", "lars", "lamb", "adamw", "muon")
-PARTS = ("updates", "steps", "depth", "inference")
+PARTS = ("updates", "steps", "depth", "programs", "inference")
 DEPTHS = (100, 300, 1000)
 
+# The method as its options have it, for what they cost to compile.
+GAINS: dict[str, dict[str, Any]] = {
+    "backmatch": {"normalize": False},
+    "backmatch, default": {},
+    "backmatch, mean field": {"gains": "mean_field", "normalize": False},
+}
+KINDS = ("plain", "BatchNorm", "residual")
 
-def deep_chain(layers: int) -> tuple[Any, spec.LayerChain]:
-    """Equal dense layers of 32 features, each with a BatchNorm; params and spec."""
+
+def deep_chain(layers: int, kind: str = "BatchNorm") -> tuple[Any, spec.LayerChain]:
+    """Equal dense layers of 32 features; params and spec.
+
+    Args:
+      layers: how many; of the residual chain, two in each branch.
+      kind: one of `KINDS`; all but plain ones have a BatchNorm after each layer.
+    """
     params = {f"Dense_{i}": {"kernel": jnp.full((32, 32), 0.1)} for i in range(layers)}
-    links = [
-        link
-        for path in params
-        for link in (spec.Dense(path), spec.BatchNorm(), spec.Activation("relu"))
-    ]
+    relu = spec.Activation("relu")
+    links: list[spec.Link] = []
+    for path in params:
+        links += [spec.Dense(path), *([spec.BatchNorm()] * (kind != "plain")), relu]
+    if kind == "residual":  # the last ReLU of a branch follows the sum
+        branches = [links[i : i + 6] for i in range(0, len(links), 6)]
+        links = [x for branch in branches for x in (spec.Residual(branch[:-1]), relu)]
     return params, spec.LayerChain(links, input_shape=(32,))
 
 
@@ -62,7 +80,10 @@ TREES: dict[str, Callable[[], tuple[Any, spec.LayerChain]]] = {
 
 
 def optimizer(method: str, chain: spec.LayerChain) -> optax.GradientTransformation:
-    """Those of the other examples, and LAMB."""
+    """Those of the other examples, LAMB, and the method with other options."""
+    if method in GAINS:
+        decay, sgd = optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)
+        return optax.chain(decay, bmo.scale_by_backmatch(chain, **GAINS[method]), sgd)
     if method == "lamb":
         return optax.lamb(0.1, weight_decay=5e-4)
     return methods.optimizer(method, 0.1, chain, weight_decay=5e-4)
@@ -81,12 +102,12 @@ class Update:
 
         # Donated, as a training step does: no new buffers for parameters and momentum.
         jitted = jax.jit(update, donate_argnums=(1, 2))
-        start = time.perf_counter()
+        start = time.process_time()
         lowered = jitted.lower(params, opt_state, params)
-        traced = time.perf_counter()
+        traced = time.process_time()
         self.compiled = lowered.compile()
         self.trace_seconds = traced - start
-        self.compile_seconds = time.perf_counter() - traced
+        self.compile_seconds = time.process_time() - traced
         self.hlo_lines = str(self.compiled.as_text()).count("\n")
         self.state = (jax.tree.map(jnp.copy, params), opt_state)
         memory: Any = self.compiled.memory_analysis()
@@ -182,19 +203,71 @@ def steps(rounds: int) -> Iterator[str]:
 
 def depth(depths: Sequence[int]) -> Iterator[str]:
     """Trace and compile time and program size against the number of layers."""
-    yield "| layers | method | trace, s | compile, s | over SGD | lines of HLO |"
-    yield "|---|---|---|---|---|---|"
-    for layers in depths:
-        params, chain = deep_chain(layers)
+    yield "| chain | layers | method | trace, s | compile, s | over SGD | HLO lines |"
+    yield "|---|---|---|---|---|---|---|"
+    for kind, layers in itertools.product(KINDS, depths):
+        params, chain = deep_chain(layers, kind)
         sgd = 0.0
-        for method in ("sgd", "backmatch", "lars"):
+        for method in ("sgd", *GAINS, "lars"):
             made = Update(method, params, chain)
             total = made.trace_seconds + made.compile_seconds
             sgd = sgd or total
             yield (
-                f"| {layers} | {method} | {made.trace_seconds:.2f} "
+                f"| {kind} | {layers} | {method} | {made.trace_seconds:.2f} "
                 f"| {made.compile_seconds:.2f} | {total / sgd:.2f} | {made.hlo_lines} |"
             )
+
+
+def programs() -> Iterator[str]:
+    """Trace and compile time of a whole training step, gradient included."""
+    yield "| network | method | trace, s | compile, s | over SGD |"
+    yield "|---|---|---|---|---|"
+    for name, lower in (("ResNet-50", _resnet_step), ("GPT, 24 layers", _gpt_step)):
+        sgd = 0.0
+        for method in ("sgd", *GAINS):
+            start = time.process_time()
+            lowered = lower(method)
+            traced = time.process_time()
+            lowered.compile()
+            trace, compiled = traced - start, time.process_time() - traced
+            sgd = sgd or trace + compiled
+            yield (
+                f"| {name} | {method} | {trace:.2f} | {compiled:.2f} "
+                f"| {(trace + compiled) / sgd:.3f} |"
+            )
+
+
+def _resnet_step(method: str) -> Any:
+    dataset = data.load("digits")
+    model, chain = models.MODELS["resnet50"](10, dataset.input_shape)
+    optimizers = {method: optimizer(method, chain)}
+    state = jax.eval_shape(
+        lambda: training.create_states(model, optimizers, dataset, jax.random.key(0))
+    )[method]
+    images, labels = dataset.train_images[:32], dataset.train_labels[:32]
+    step: Any = training.make_train_step(dataset)
+    return step.lower(state, images, labels)
+
+
+def _gpt_step(method: str) -> Any:
+    size = language_model.Size(layers=24)
+    tx = optimizer(method, language_model.declared(size))
+    model = nnx.eval_shape(lambda: language_model.GPT(size, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+
+    def step(params: Any, opt_state: Any, tokens: jax.Array) -> Any:
+        def loss_of(params: Any) -> jax.Array:
+            logits = nnx.merge(graph, params)(tokens[:, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels
+            return losses(logits, tokens[:, 1:]).mean()
+
+        loss, gradient = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = tx.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    tokens = jax.ShapeDtypeStruct((8, size.context + 1), jnp.int32)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return jitted.lower(params, jax.eval_shape(tx.init, params), tokens)
 
 
 def inference() -> Iterator[str]:
@@ -231,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "updates": lambda: updates(options.trees, options.rounds),
         "steps": lambda: steps(options.rounds),
         "depth": lambda: depth(options.depths),
+        "programs": programs,
         "inference": inference,
     }
     for part in options.parts:

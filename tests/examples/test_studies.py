@@ -35,7 +35,9 @@ def test_the_benchmark_prints_a_row_for_each_method(capsys):
     printed = capsys.readouterr().out
     for method in benchmark.METHODS:
         assert f"| LeNet | {method} |" in printed
-    assert "| 3 | backmatch |" in printed
+    for kind in benchmark.KINDS:
+        for method in benchmark.GAINS:
+            assert f"| {kind} | 3 | {method} |" in printed
 
 
 def test_backmatch_takes_no_parameter_sized_memory():
