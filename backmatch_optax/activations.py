@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from backmatch_optax.moments import Activated, Moments
+from backmatch_optax.moments import NOTHING, Activated, Moments
 from backmatch_optax.powers import Positive, applied, magnitudes, measured, number
 
 # phi(c * x) = c * phi(x) for c > 0: their gains do not depend on the signal's size.
@@ -28,8 +28,6 @@ _SATURATING = {
     **dict.fromkeys(("hard_tanh", "sigmoid", "soft_sign", "tanh"), 5.0),
     **dict.fromkeys(("hard_sigmoid", "relu6"), 15.0),
 }
-
-_NOTHING = 1e-9  # below the rounding of the integrals
 
 # Even in number: no node lies on a kink at 0.
 _NODES = np.linspace(-8.0, 8.0, 160)
@@ -91,7 +89,7 @@ def _maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive
     else:
         figures = (0.0 if s is None else math.exp(s.log_constant) for s in sizes)
         static = _static_integrals(name, window, *figures)
-        after = [None if value < _NOTHING else number(value) for value in static]
+        after = [None if value < NOTHING else number(value) for value in static]
     variance, spread, offset, gain = after
     if variance is None or gain is None:
         raise ValueError(f"{name!r} passes on neither signal nor gradient")

@@ -20,7 +20,7 @@ from backmatch_optax.powers import Positive
 
 Gains = Literal["paper", "mean_field"]
 
-_NOTHING = 1e-9  # of a share: below the rounding of the integrals
+NOTHING = 1e-9  # below the rounding of the integrals
 
 
 class Activated(NamedTuple):
@@ -162,7 +162,7 @@ def beside(parts: Sequence[Moments], shares: Sequence[float], units: bool) -> Mo
         spread = mean("spread", [share**2 for share in shares])
     pairs = zip(parts, shares, strict=True)
     leaning = sum(share for part, share in pairs if part.offset is not None)
-    if offset is not None and leaning < 1.0 - _NOTHING:
+    if offset is not None and leaning < 1.0 - NOTHING:
         rest = offset * (1.0 - leaning)
         offset = offset * leaning
         if units:

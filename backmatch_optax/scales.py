@@ -211,6 +211,11 @@ def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:
             yield from ((join(_path(site), role), site, role) for role in site.params)
 
 
+def _leaves(site: Site, role: str) -> list[Any]:
+    """The arrays that share a scale: a parameter, or with the role "" all of a Block."""
+    return jax.tree.leaves(site.params[role] if role else dict(site.params))
+
+
 def scale_of_params(
     sites: Sequence[Site], normalize: bool, limit: jax.typing.ArrayLike | None
 ) -> dict[str, jax.Array]:
@@ -219,7 +224,7 @@ def scale_of_params(
     leaves: dict[str, list[Any]] = {}
     for path, site, role in scaled_params(sites):
         numbers[path] = recursion.scale(site, role)
-        leaves[path] = jax.tree.leaves(site.params[role] if role else dict(site.params))
+        leaves[path] = _leaves(site, role)
     dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
     logs = log_vector(list(numbers.values()), dtype, floored=True)
     if normalize:
@@ -242,8 +247,7 @@ def steps_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
     size_out = sites[-1].size_out if sites else 1
     steps = {}
     for path, site, role in scaled_params(sites):
-        owned = site.params[role] if role else dict(site.params)
-        size = sum(leaf.size for leaf in jax.tree.leaves(owned))
+        size = sum(leaf.size for leaf in _leaves(site, role))
         steps[path] = jnp.sqrt(scales[path]) * math.sqrt(size_out / size)
     return steps
 
