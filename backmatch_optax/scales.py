@@ -212,7 +212,7 @@ def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:
 
 
 def _leaves(site: Site, role: str) -> list[Any]:
-    """The arrays that share a scale: a parameter, or with the role "" all of a Block."""
+    """The arrays that share a scale: a parameter; with the role "" all of a Block."""
     return jax.tree.leaves(site.params[role] if role else dict(site.params))
 
 
