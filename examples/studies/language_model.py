@@ -613,9 +613,7 @@ def pooled(layers: Mapping[str, Record], kind: str) -> dict[str, float]:
 
 def plot_curves(found: Mapping[str, Summary], every: int, path: Path) -> None:
     """Validation losses over steps, and the differences of the last from SGD's."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, 5), layout="constrained", width_ratios=(1, 1.1)
-    )
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.5, 9), layout="constrained")
     shown = [
         "sgd",
         "backmatch, first scales",
@@ -629,26 +627,26 @@ def plot_curves(found: Mapping[str, Summary], every: int, path: Path) -> None:
     for index, method in enumerate(name for name in shown if name in found):
         curves = found[method].curves
         steps = every * np.arange(curves.shape[1])
-        left.plot(steps[1:], curves.mean(0)[1:], color=f"C{index}", label=method)
-        left.fill_between(
+        upper.plot(steps[1:], curves.mean(0)[1:], color=f"C{index}", label=method)
+        upper.fill_between(
             steps[1:],
             curves.min(0)[1:],
             curves.max(0)[1:],
             color=f"C{index}",
             alpha=0.2,
         )
-    left.set(xlabel="step", ylabel="validation loss, nats per character")
+    upper.set(xlabel="step", ylabel="validation loss, nats per character")
     lowest = min(summary.curves[:, -1].min() for summary in found.values())
-    left.set_ylim(lowest - 0.05, lowest + 1.2)
-    left.legend(frameon=False, fontsize=8)
+    upper.set_ylim(lowest - 0.05, lowest + 1.2)
+    upper.legend(frameon=False)
     if "sgd" in found and np.isfinite(found["sgd"].last).all():
         rows: list[tuple[str, Difference | None]] = [
             (method, welch(summary.last, found["sgd"].last))
             for method, summary in found.items()
             if method != "sgd" and np.isfinite(summary.last).all()
         ]
-        forest(right, rows, "last validation loss less SGD's, with 95 % interval")
-    for axes in (left, right):
+        forest(lower, rows, "last validation loss less SGD's, with 95 % interval")
+    for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -420,8 +420,8 @@ def predictability(results: Sequence[Result]) -> str:
 def draw(results: Sequence[Result], path: Path) -> None:
     """Every rule's gain over its optimizer with interval, on those kept aside."""
     chosen, aside = split(results)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 8), layout="constrained", width_ratios=(1, 1)
+    figure, (upper, lower) = plt.subplots(
+        2, 1, figsize=(7.5, 13), layout="constrained", height_ratios=(1, 1.1)
     )
     rules: dict[str, dict[str, Method]] = defaultdict(dict)
     for method in METHODS:
@@ -432,7 +432,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
             short = short.removesuffix(", frozen")
         side = "sgd" if method.optimizer == "sgd" else "others"
         rules[f"{side}:{short}"][method.optimizer] = method
-    for axis, side in ((left, "sgd"), (right, "others")):
+    for axis, side in ((upper, "sgd"), (lower, "others")):
         names = [rule for rule in rules if rule.startswith(f"{side}:")]
         for row, rule in enumerate(names):
             methods = rules[rule]
@@ -454,15 +454,19 @@ def draw(results: Sequence[Result], path: Path) -> None:
         # A rule that fails would leave no room for the rest.
         low, high = axis.get_xlim()
         axis.set_xlim(max(low, -_SHOWN), min(high, _SHOWN))
+        for row, rule in enumerate(names):
+            means = [gains(aside, m, m.plain).mean for m in rules[rule].values()]
+            if max(means) < -_SHOWN:
+                axis.plot(-_SHOWN, row, "<", color="C0", clip_on=False)
         axis.locator_params(axis="x", nbins=5)
-    left.set_title("over SGD")
-    right.set_title("over Adam, Lion and Muon")
+    upper.set_title("over SGD")
+    lower.set_title("over Adam, Lion and Muon")
     for optimizer in OPTIMIZERS[1:]:
-        right.plot([], [], "o", color=_COLOURS[optimizer], label=optimizer)
-    for axis, colour in ((left, "C0"), (right, "black")):
+        lower.plot([], [], "o", color=_COLOURS[optimizer], label=optimizer)
+    for axis, colour in ((upper, "C0"), (lower, "black")):
         axis.plot([], [], "o", color=colour, label="kept aside, 95 %")
         axis.plot([], [], "o", mfc="none", mec=colour, label="to choose by")
-        axis.legend(loc="lower right", bbox_to_anchor=(1, -0.2), ncols=3)
+        axis.legend(loc="upper right", bbox_to_anchor=(1, -0.08), ncols=5)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
