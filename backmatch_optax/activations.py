@@ -29,9 +29,9 @@ _SATURATING = {
     **dict.fromkeys(("hard_sigmoid", "relu6"), 15.0),
 }
 
-# Even in number: no node lies on a kink at 0.
-_NODES = np.linspace(-8.0, 8.0, 160)
-_DENSITY = np.exp(-0.5 * _NODES**2) / np.exp(-0.5 * _NODES**2).sum()
+# A Gaussian's values and their shares. Even in number: none lies on a kink at 0.
+NODES = np.linspace(-8.0, 8.0, 160, dtype=np.float32)
+DENSITY = np.float32(np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum())
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -146,9 +146,9 @@ def _integrals(
     Up to the size `dense` of the signal the nodes tell the slopes.
     """
     # The largest of n independent variables has their distribution to the power n.
-    largest = np.diff(np.cumsum(_DENSITY) ** window, prepend=0.0)
+    largest = np.diff(np.cumsum(DENSITY, dtype=np.float64) ** window, prepend=0.0)
     density, largest, nodes = (
-        jnp.asarray(array, jnp.float32) for array in (_DENSITY, largest, _NODES)
+        jnp.asarray(array, jnp.float32) for array in (DENSITY, largest, NODES)
     )
     means = jnp.sqrt(offset) + jnp.sqrt(spread) * nodes
     values = means[:, None] + jnp.sqrt(variance) * nodes[None, :]

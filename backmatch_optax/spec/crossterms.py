@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from backmatch_optax.activations import activation, after_activation
+from backmatch_optax.activations import (
+    DENSITY,
+    NODES,
+    activation,
+    after_activation,
+)
 from backmatch_optax.moments import Activated, Moments
 from backmatch_optax.powers import Positive, evaluate, magnitudes, measured, number
 from backmatch_optax.spec.link import Elementwise, Site
-
-# Even in number: no node lies on a kink at 0.
-NODES = np.linspace(-8.0, 8.0, 160, dtype=np.float32)
-DENSITY = np.float32(np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum())
 
 
 class Together(NamedTuple):

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from backmatch_optax.activations import DENSITY
 from backmatch_optax.moments import Moments
 from backmatch_optax.numerics import checked_count
 from backmatch_optax.powers import Positive, magnitudes, number, share
-from backmatch_optax.spec.crossterms import DENSITY
 from backmatch_optax.spec.link import (
     Elementwise,
     Link,
