@@ -2,6 +2,7 @@
 
     python -m examples.studies.benchmark
     python -m examples.studies.benchmark --parts depth
+    python -m examples.studies.benchmark --device gpu --parts updates
 
 Everything is a ratio to SGD in the same run, the methods taking turns; ratios are
 medians of the ratios within a round, so that a machine whose speed drifts favours
@@ -16,6 +17,7 @@ import functools
 import itertools
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,7 +36,7 @@ from examples.arguments import whole
 from examples.studies.cifar import cpu
 
 METHODS = ("sgd", "backmatch", "lars", "lamb", "adamw", "muon")
-PARTS = ("updates", "steps", "depth", "programs", "inference")
+PARTS = ("updates", "steps", "refreshes", "depth", "programs", "inference")
 DEPTHS = (100, 300, 1000)
 
 # The method as its options have it, for what they cost to compile.
@@ -71,10 +73,17 @@ def network(name: str) -> tuple[Any, spec.LayerChain]:
     return variables["params"], chain
 
 
+def gpt(size: language_model.Size) -> tuple[Any, spec.LayerChain]:
+    """Initial parameters and spec of the example's language model."""
+    model = language_model.GPT(size, rngs=nnx.Rngs(0))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param)), language_model.declared(size)
+
+
 TREES: dict[str, Callable[[], tuple[Any, spec.LayerChain]]] = {
     "LeNet": lambda: network("lenet"),
     "VGG16": lambda: network("vgg16"),
     "ResNet-50": lambda: network("resnet50"),
+    "GPT": lambda: gpt(language_model.Size()),
     "1,000 dense layers": lambda: deep_chain(1000),
 }
 
@@ -108,7 +117,9 @@ class Update:
         self.compiled = lowered.compile()
         self.trace_seconds = traced - start
         self.compile_seconds = time.process_time() - traced
-        self.hlo_lines = str(self.compiled.as_text()).count("\n")
+        text = str(self.compiled.as_text())
+        self.hlo_lines = text.count("\n")
+        self.kernels = _kernels(text)
         self.state = (jax.tree.map(jnp.copy, params), opt_state)
         memory: Any = self.compiled.memory_analysis()
         # What is neither an argument nor, donated, a result in its place.
@@ -120,6 +131,17 @@ class Update:
         """Takes a step."""
         self.state = self.compiled(gradient, self.state[1], self.state[0])
         return self.state
+
+
+# What an entry computation lists beside what it has to launch.
+_NO_KERNEL = "parameter|constant|tuple|get-tuple-element|bitcast|after-all"
+
+
+def _kernels(hlo: str) -> int:
+    """How many kernels a compiled program launches, loops counted once."""
+    entry = hlo[hlo.index("\nENTRY ") :]
+    operations = re.findall(r"^  (?:ROOT )?%?\S+ = .*? ([a-z][\w-]*)\(", entry, re.M)
+    return sum(not re.fullmatch(_NO_KERNEL, operation) for operation in operations)
 
 
 def in_turn(
@@ -139,8 +161,11 @@ def in_turn(
 
 def updates(trees: Sequence[str], rounds: int) -> Iterator[str]:
     """One update: its time, beside what moving its bytes takes, and its memory."""
-    yield "| parameters | method | ms | over SGD | extra memory, of the parameters |"
-    yield "|---|---|---|---|---|"
+    yield (
+        "| parameters | method | ms | over SGD | extra memory, of the parameters "
+        "| kernels |"
+    )
+    yield "|---|---|---|---|---|---|"
     for tree in trees:
         params, chain = TREES[tree]()
         gradient = jax.tree.map(lambda leaf: 1e-3 * leaf, params)
@@ -168,12 +193,12 @@ def updates(trees: Sequence[str], rounds: int) -> Iterator[str]:
             ms, ratio = np.median(took[method]), np.median(took[method] / sgd)
             yield (
                 f"| {tree} | {method} | {ms:.3f} | {ratio:.2f} "
-                f"| {update.extra_bytes / size:.3f} |"
+                f"| {update.extra_bytes / size:.3f} | {update.kernels} |"
             )
         floor = 2.5 * took["pass"]
         yield (
             f"| {tree} | moving SGD's bytes | {np.median(floor):.3f} "
-            f"| {np.median(floor / sgd):.2f} | |"
+            f"| {np.median(floor / sgd):.2f} | | |"
         )
 
 
@@ -199,6 +224,89 @@ def steps(rounds: int) -> Iterator[str]:
         for method, ms in took.items():
             ratio = np.median(ms / took["sgd"])
             yield f"| {name} | {batch} | {method} | {np.median(ms):.2f} | {ratio:.3f} |"
+
+
+def refreshes(rounds: int) -> Iterator[str]:
+    """What measuring all scales once costs beside a gradient, in time and memory.
+
+    The last column is what measuring every 20 steps adds to the training time, where a
+    step takes no longer than its gradient.
+    """
+    yield (
+        "| network | gradient, ms | measuring, ms | measuring over gradient "
+        "| working memory over the gradient's | of training, every 20 steps |"
+    )
+    yield "|---|---|---|---|---|---|"
+    for name, make in MEASURED.items():
+        outputs, loss, params = make()
+        programs = {
+            "gradient": jax.jit(jax.grad(loss)).lower(params).compile(),
+            "measuring": jax.jit(
+                lambda params, outputs=outputs: bmo.measure_layer_scales(
+                    outputs, params, key=jax.random.key(0), num_probes=1
+                )
+            )
+            .lower(params)
+            .compile(),
+        }
+        calls = {
+            label: functools.partial(program, params)
+            for label, program in programs.items()
+        }
+        took = in_turn(calls, rounds)
+        gradient, measuring = took["gradient"], took["measuring"]
+        memory: dict[str, Any] = {
+            label: program.memory_analysis() for label, program in programs.items()
+        }
+        held = {label: of.temp_size_in_bytes for label, of in memory.items()}
+        ratio = np.median(measuring / gradient)
+        yield (
+            f"| {name} | {np.median(gradient):.1f} | {np.median(measuring):.1f} "
+            f"| {ratio:.2f} | {held['measuring'] / held['gradient']:.2f} "
+            f"| {ratio / 20:.1%} |"
+        )
+
+
+def _resnet_outputs() -> tuple[Any, Any, Any]:
+    """Outputs and loss as functions of the parameters, and these: of 8 images."""
+    dataset = data.load("digits")
+    model, _ = models.MODELS["resnet50"](10, dataset.input_shape)
+    images, labels = dataset.train_images[:8], dataset.train_labels[:8]
+    variables = model.init(jax.random.key(0), images, train=False)
+
+    def outputs(params: Any) -> jax.Array:
+        logits, _ = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return logits
+
+    def loss(params: Any) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        return losses(outputs(params), labels).mean()
+
+    return outputs, loss, variables["params"]
+
+
+def _gpt_outputs(size: language_model.Size) -> tuple[Any, Any, Any]:
+    """The same of 8 sequences of tokens."""
+    graph, params = nnx.split(language_model.GPT(size, rngs=nnx.Rngs(0)), nnx.Param)
+    shape = (8, size.context + 1)
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, size.tokens)
+
+    def outputs(params: Any) -> jax.Array:
+        return nnx.merge(graph, params)(tokens[:, :-1])
+
+    def loss(params: Any) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels
+        return losses(outputs(params), tokens[:, 1:]).mean()
+
+    return outputs, loss, params
+
+
+MEASURED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
+    "ResNet-50": _resnet_outputs,
+    "GPT": lambda: _gpt_outputs(language_model.Size()),
+}
 
 
 def depth(depths: Sequence[int]) -> Iterator[str]:
@@ -294,7 +402,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--depths", nargs="+", type=whole(1), default=list(DEPTHS))
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: JAX's own")
     options = parser.parse_args(arguments)
+    if options.device:
+        jax.config.update("jax_platforms", options.device.replace("gpu", "cuda"))
     print(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
         f"jax {jax.__version__}, optax {optax.__version__}, "
@@ -303,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = {
         "updates": lambda: updates(options.trees, options.rounds),
         "steps": lambda: steps(options.rounds),
+        "refreshes": lambda: refreshes(options.rounds),
         "depth": lambda: depth(options.depths),
         "programs": programs,
         "inference": inference,

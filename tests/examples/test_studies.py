@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from examples import data
+from examples import data, language_model
 from examples.studies import (
     benchmark,
     local_hessian_cost,
@@ -38,6 +38,18 @@ def test_the_benchmark_prints_a_row_for_each_method(capsys):
     for kind in benchmark.KINDS:
         for method in benchmark.GAINS:
             assert f"| {kind} | 3 | {method} |" in printed
+
+
+def test_the_benchmark_says_what_measuring_costs_beside_a_gradient(monkeypatch):
+    size = language_model.Size(layers=1, width=8, heads=2, context=8)
+    networks = {"GPT": lambda: benchmark._gpt_outputs(size)}
+    monkeypatch.setattr(benchmark, "MEASURED", networks)
+    *_, row = benchmark.refreshes(rounds=2)
+    name, *figures = row.strip("| ").split(" | ")
+    assert name == "GPT"
+    gradient, measuring, ratio, memory, share = (float(f.rstrip("%")) for f in figures)
+    assert min(gradient, measuring, ratio, memory) > 0
+    assert share == pytest.approx(100 * ratio / 20, abs=0.1)
 
 
 def test_backmatch_takes_no_parameter_sized_memory():
