@@ -61,8 +61,7 @@ def test_what_was_read_is_recorded(tmp_path):
         lm.read_text(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("norm", ["rms", "layer"])
-@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize(("norm", "mlp"), [("rms", "swiglu"), ("layer", "gelu")])
 def test_the_declared_chain_is_that_of_the_model(text, norm, mlp):
     size = lm.Size(layers=2, width=32, heads=2, context=32, norm=norm, mlp=mlp)
     params, chain = params_of(size), lm.declared(size)
@@ -102,8 +101,12 @@ def test_a_position_sees_nothing_that_follows():
     assert (difference[10:] > 1e-4).all()
 
 
-@pytest.mark.parametrize("method", [*lm.METHODS])
-def test_every_method_trains(text, method):
+# Of methods that differ by a number or a gain, one.
+@pytest.mark.parametrize(
+    "method",
+    ["sgd", "backmatch", "backmatch, first scales", "measured", "adamw", "lion", "muon"],
+)
+def test_every_kind_of_method_trains(text, method):
     # Momentum and warm-up leave little of four steps: the first loss is the highest.
     rate = 0.003 if method in ("adamw", "lion", "muon") else 0.1
     state, history = trainer(text, method).run(rate, seed=0)
@@ -143,7 +146,7 @@ def test_muon_is_given_the_matrices_of_the_blocks():
     } == expected
 
 
-@pytest.mark.parametrize("method", ["muon", "measured", "backmatch, first scales"])
+@pytest.mark.parametrize("method", ["measured", "backmatch, first scales"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(
     text, method, tmp_path, monkeypatch
 ):
