@@ -212,8 +212,9 @@ def _one_end(ends: Sequence[Node]) -> Node:
     if len(ends) == 1:
         return ends[0]
     source = functools.reduce(graph.common_dominator, ends)
-    origins = frozenset({"input"})
-    return Node("outputs", tuple(ends), origins=origins, dominator=source)
+    outputs = Node("outputs", tuple(ends), origins=frozenset({"input"}))
+    outputs.dominator, outputs.depth = source, source.depth + 1
+    return outputs
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
