@@ -49,7 +49,11 @@ def test_the_documentation_quotes_the_page(row, candidate):
     (found,) = (line for line in lines if line.startswith(f"| {candidate} |"))
     _, networks, diverged, near, twice, worst, mean, _ = found.strip("| ").split(" | ")
     worst = "diverged" if worst == "inf" else f"{float(worst):.2f}"
-    cells = (row, diverged, near, twice, f"{float(mean):.2f} ({worst})")
     text = Path("docs/rates.md").read_text()
-    assert f"| {' | '.join(cells)} |" in text
     assert f"the {networks} networks that all of these rules" in text
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} |"))
+    *cells, last = line.strip("| ").split(" | ")
+    assert cells == [row, diverged, near, twice]
+    quoted, _, quoted_worst = last.partition(" ")
+    assert float(quoted) == pytest.approx(float(mean), abs=0.006)
+    assert quoted_worst == f"({worst})"
