@@ -1,7 +1,7 @@
 """Networks built as in the examples that Flax ships, with fewer features.
 
-`mnist`, `vae`, `ppo`, `imagenet`, `sst2` and `seq2seq`: which layers there are, how they
-are nested and called, and what the models take and put out is the same.
+Of `mnist`, `vae`, `ppo`, `imagenet`, `sst2` and `seq2seq`. Which layers there are, how
+they are nested and called, and what the models take and put out is the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ class MnistNet(nnx.Module):
         self.dropout1 = nnx.Dropout(rate=0.025)
         self.conv2 = nnx.Conv(8, 16, kernel_size=(3, 3), rngs=rngs)
         self.norm2 = nnx.BatchNorm(16, rngs=rngs)
-        self.pool = functools.partial(
-            nnx.avg_pool, window_shape=(2, 2), strides=(2, 2)
-        )
+        self.pool = functools.partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2))
         self.linear1 = nnx.Linear(64, 64, rngs=rngs)
         self.dropout2 = nnx.Dropout(rate=0.025)
         self.linear2 = nnx.Linear(64, 10, rngs=rngs)
