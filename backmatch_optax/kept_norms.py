@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,8 +44,8 @@ def keep_norms(
     with :math:`v` the momentum of the kernel, trains the same function at every step
     (up to the `epsilon` of the normalisation, which a longer kernel makes less of).
     That holds with `optax.add_decayed_weights` after the scale too. With the decay
-    before it, with `normalize=True`, the default, or with clipping, keeping norms is
-    another method.
+    before it, with `normalize=True`, the default, with clipping, or with the decay of
+    `optax.contrib.mechanize` itself, keeping norms is another method.
 
     Args:
       inner: the whole optimizer, from decay to learning rate, such as `backmatch_sgd`.
@@ -150,7 +151,8 @@ def _check_proportion(
 
     A few steps are tried at constant parameters of the same shapes: without a gradient,
     so that decay does not count, with one and with twice that one. Gradients are small,
-    so that clipping does not count. The loss is smaller, so that Polyak's step does.
+    so that clipping does not count, or else large, so that rounding does not. The loss
+    is smaller, so that Polyak's step does.
     """
 
     def ordinary(leaf: jax.Array) -> jax.Array:
@@ -162,39 +164,49 @@ def _check_proportion(
     def peak(change: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(change), initial=0)
 
-    @jax.jit
-    def in_proportion(
-        size: jax.typing.ArrayLike, loss: jax.typing.ArrayLike
-    ) -> jax.Array:
+    def gradient(times: jax.typing.ArrayLike) -> optax.Updates:
+        def of_leaf(key_path: Any, leaf: jax.Array) -> jax.Array:
+            one = times * (text(key_path) in kernels) / len(kernels) ** 0.5
+            return jnp.zeros(leaf.shape).at[(0,) * leaf.ndim].set(one)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+    @functools.partial(jax.jit, static_argnames="steps")
+    def tried(size: jax.typing.ArrayLike, steps: int) -> tuple[jax.Array, jax.Array]:
+        """Whether the steps are in proportion, and whether there are any."""
         at = jax.tree.map(ordinary, params)
+        extra: Any = {"value": jnp.float32(1e-5), "outputs_fn": outputs}
 
-        def change(times: int) -> optax.Updates:
-            def gradient(key_path: Any, leaf: jax.Array) -> jax.Array:
-                one = size * (text(key_path) in kernels) / len(kernels) ** 0.5
-                return jnp.zeros_like(leaf).at[(0,) * leaf.ndim].set(times * one)
+        def step(states: Any, _: None) -> tuple[Any, Any]:
+            (none, one, two), states = zip(
+                *(
+                    inner.update(gradient(times * size), state, at, **extra)
+                    for times, state in enumerate(states)
+                ),
+                strict=True,
+            )
+            fits = jax.tree.map(
+                lambda n, o, t: (
+                    peak(t - 2 * o + n) <= 1e-3 * peak(t - n) + 1e-5 * peak(n)
+                ),
+                *(none, one, two),
+            )
+            moves = jax.tree.map(lambda n, t: peak(t - n) > 0, none, two)
+            return states, [jnp.stack(jax.tree.leaves(each)) for each in (fits, moves)]
 
-            def step(state: Any, _: None) -> tuple[Any, Any]:
-                gradients = jax.tree_util.tree_map_with_path(gradient, at)
-                extra: Any = {"value": loss, "outputs_fn": outputs}
-                updates, state = inner.update(gradients, state, at, **extra)
-                return state, updates
+        _, (fits, moves) = jax.lax.scan(step, (inner.init(at),) * 3, length=steps)
+        return fits.all(), moves.any()
 
-            _, updates = jax.lax.scan(step, inner.init(at), length=8)
-            return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), updates)
-
-        none, one, two = map(change, range(3))
-        fits = jax.tree.map(
-            lambda n, o, t: peak(t - 2 * o + n) <= 1e-3 * peak(t - n) + 1e-5 * peak(n),
-            *(none, one, two),
-        )
-        return jnp.stack(jax.tree.leaves(fits)).all()
+    def in_proportion() -> bool:
+        # Accumulation may wait for many gradients.
+        steps = 8 if tried(0.25, 8)[1] else 64
+        return bool(tried(0.25, steps)[0] or tried(64.0, steps)[0])
 
     problem = "its steps are not in proportion to the gradient"
     try:
         # This thread may be tracing a function or be inside `shard_map`.
         with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
-            tried = executor.submit(in_proportion, 0.25, 1e-5)
-            if tried.result():
+            if executor.submit(in_proportion).result():
                 return
     except jax.errors.UnexpectedTracerError:
         return  # a learning rate is traced: nothing can be tried

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from backmatch_optax.numerics import check_number, checked_count
@@ -25,6 +26,7 @@ from backmatch_optax.scales import (
     scaled_updates,
     within,
 )
+from backmatch_optax.spec.link import kind_of
 
 LayerOf = Callable[[str], str]
 
@@ -87,10 +89,10 @@ def measure_layer_scales(
       float32 scalars. The scale of a layer that does not reach the output is infinite.
 
     Raises:
-      ValueError: where `num_probes` is below 1, a parameter or an output has no real
-        floating dtype, or the outputs have no common batch axis; or inside
-        `jax.shard_map`, where a parameter is not the same on all devices, so that it
-        may be a part of one.
+      ValueError: where `key` is no key, `num_probes` is below 1, a parameter or an
+        output has no real floating dtype, or the outputs have no common batch axis; or
+        inside `jax.shard_map`, where a parameter is not the same on all devices, so
+        that it may be a part of one.
 
     Examples:
       >>> import jax
@@ -105,6 +107,7 @@ def measure_layer_scales(
       >>> {path: float(scale) for path, scale in measured.layer_scales.items()}
       {'fc1': 0.25, 'fc2': 1.0}
     """
+    _check_key(key)
     probes = checked_count("num_probes", num_probes)
     sizes = layer_sizes(params, layer_of)
     if not sizes:
@@ -141,8 +144,16 @@ def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
                 f"is of {dtype}"
             )
         layer = layer_of(path)
-        sizes[layer] = sizes.get(layer, 0) + leaf.size
+        sizes[layer] = sizes.get(layer, 0) + jnp.size(leaf)
     return sizes
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(
+            "key must be a random key such as jax.random.key(0), but it is "
+            f"{kind_of(key)}"
+        )
 
 
 def _probe(
@@ -261,11 +272,11 @@ def scale_by_measured_backmatch(
       Its `update` needs `params`, and `outputs_fn` where none was given here.
 
     Raises:
-      ValueError: where `refresh_every` is below 1 or `decay` is not in [0, 1); in
-        `init`, where a parameter has no real floating dtype; in `update`, where
-        `params` or `outputs_fn` is missing, the state or an update belongs to other
-        parameters, or a gradient is not of a floating dtype; inside `jax.shard_map`,
-        where a parameter is not the same on all devices.
+      ValueError: where `key` is no key, `outputs_fn` no function, `refresh_every` below
+        1 or `decay` not in [0, 1); in `init`, where a parameter has no real floating
+        dtype; in `update`, where `params` or `outputs_fn` is missing, the state or an
+        update belongs to other parameters, or a gradient is not of a floating dtype;
+        inside `jax.shard_map`, where a parameter is not the same on all devices.
 
     Examples:
       >>> import jax
@@ -287,6 +298,12 @@ def scale_by_measured_backmatch(
       >>> print(optax.tree.get(state, "layer_scales"))
       {'fc': Array(1., dtype=float32)}
     """
+    _check_key(key)
+    if outputs_fn is not None and not callable(outputs_fn):
+        raise ValueError(
+            "outputs_fn must be a function of the parameters, but it is "
+            f"{kind_of(outputs_fn)}"
+        )
     default_outputs_fn = outputs_fn
     check_number("decay", decay, least=0, below=1)
     check_options("paper", 0, normalize, limit, "error")

@@ -22,6 +22,7 @@ def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
     """An update times its scale, in its own dtype; without a scale as it is."""
     if scale is None:
         return update
+    update = jnp.asarray(update)  # of NumPy's float64, what JAX makes of it
     if jnp.iscomplexobj(update):
         return (update * scale).astype(update.dtype)
     # In the wider of the two dtypes: a scale above 65504 is no float16.
@@ -40,7 +41,7 @@ def frobenius_norm(entries: jax.Array) -> jax.Array:
 def checked_count(name: str, count: Any) -> int:
     """An int of at least 1, or `ValueError`."""
     try:
-        number = operator.index(count)
+        number = 0 if isinstance(count, bool) else operator.index(count)
     except TypeError:
         number = 0
     if number < 1:

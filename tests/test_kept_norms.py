@@ -95,8 +95,17 @@ def decay_after(spec_):
         lambda c: backmatch(c, nesterov=False),
         lambda c: backmatch(c, momentum=None),
         decay_after,
+        lambda c: optax.contrib.mechanize(backmatch(c), weight_decay=0.0, s_init=0.01),
+        lambda c: optax.contrib.schedule_free(backmatch(c), 0.1),
     ],
-    ids=["nesterov", "heavy ball", "no momentum", "decay after the scale"],
+    ids=[
+        "nesterov",
+        "heavy ball",
+        "no momentum",
+        "decay after the scale",
+        "mechanize",
+        "schedule-free",
+    ],
 )
 def test_the_same_function_is_trained_at_every_step(optimizer):
     with jax.enable_x64(True):
@@ -112,10 +121,18 @@ def test_the_same_function_is_trained_at_every_step(optimizer):
     np.testing.assert_allclose(held["fc3"]["kernel"], grown["fc3"]["kernel"], rtol=1e-5)
 
 
-def test_with_decay_before_the_scale_it_is_another_method():
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda c: backmatch(c, weight_decay=0.1),
+        lambda c: optax.contrib.mechanize(backmatch(c), weight_decay=1.0, s_init=0.1),
+    ],
+    ids=["decay", "decay of mechanize"],
+)
+def test_with_decay_before_the_scale_it_is_another_method(optimizer):
     with jax.enable_x64(True):
-        free, *_ = train(backmatch(chain(), weight_decay=0.1), 25, jnp.float64)
-        kept_tx = bmo.keep_norms(backmatch(chain(), weight_decay=0.1), chain())
+        free, *_ = train(optimizer(chain()), 25, jnp.float64)
+        kept_tx = bmo.keep_norms(optimizer(chain()), chain())
         kept, *_ = train(kept_tx, 25, jnp.float64)
     assert np.abs(kept - free).max() > 1e-3
 
@@ -250,6 +267,8 @@ OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "fromage": lambda: optax.fromage(0.1),
     "lbfgs": lambda: optax.lbfgs(0.1),
     "lion": lambda: optax.lion(0.1),
+    "lsalr": lambda: optax.chain(bmo.scale_by_lsalr(), optax.sgd(0.1)),
+    "mechanized adam": lambda: optax.contrib.mechanize(optax.adam(0.1)),
     "momo": lambda: optax.contrib.momo(0.1),
     "muon": lambda: optax.contrib.muon(0.1),
     "polyak": lambda: optax.polyak_sgd(),
@@ -259,6 +278,9 @@ OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sign": lambda: optax.sign_sgd(0.1),
     "adam in steps": lambda: optax.MultiSteps(  # pyright: ignore
         optax.adam(0.1), 3
+    ).gradient_transformation(),
+    "adam in many steps": lambda: optax.MultiSteps(  # pyright: ignore
+        optax.adam(0.1), 20
     ).gradient_transformation(),
 }
 
@@ -284,6 +306,12 @@ MOMENTUM: dict[str, Callable[..., optax.GradientTransformation]] = {
     ),
     "warmed up": lambda: optax.sgd(optax.linear_schedule(0.0, 0.1, 100), momentum=0.9),
     "in steps": lambda: optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(),
+    "in many steps": lambda: optax.MultiSteps(  # pyright: ignore
+        optax.sgd(0.1), 100
+    ).gradient_transformation(),
+    "mechanized": lambda: optax.contrib.mechanize(  # whose first steps are tiny
+        bmo.backmatch_sgd(0.1, NORMED, normalize=False)
+    ),
     "partitioned": lambda: optax.partition(
         {"train": optax.sgd(0.1, momentum=0.9), "freeze": optax.set_to_zero()},
         {"fc1": "train", "fc2": "freeze"},

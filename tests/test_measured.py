@@ -118,6 +118,8 @@ def test_a_layer_that_no_gradient_reaches_has_an_infinite_scale():
     [
         ({"num_probes": 0}, r"num_probes \(=0\) must be an int of at least 1"),
         ({"num_probes": 1.5}, r"num_probes \(=1.5\)"),
+        ({"num_probes": True}, r"num_probes \(=True\)"),
+        ({"key": 0}, "must be a random key such as jax.random.key.* 0, a int"),
         ({"params": {"fc0": {"kernel": jnp.ones((4, 2), int)}}}, "'fc0/kernel'.*int32"),
         ({"fn": lambda p, x: x.astype(int)}, "real floating dtype.*int32"),
         ({"fn": lambda p, x: x.sum()}, r"batch as first axis.*\(\)"),
@@ -125,10 +127,11 @@ def test_a_layer_that_no_gradient_reaches_has_an_infinite_scale():
     ],
 )
 def test_bad_input_is_explained(change, message):
-    arguments = {"fn": mlp, "params": mlp_params((4, 2)), "num_probes": 1} | change
+    arguments: Any = {"fn": mlp, "params": mlp_params((4, 2)), "num_probes": 1}
+    arguments |= {"key": KEY} | change
     fn, params = arguments.pop("fn"), arguments.pop("params")
     with pytest.raises(ValueError, match=message):
-        bmo.measure_layer_scales(fn, params, jnp.ones((2, 4)), key=KEY, **arguments)
+        bmo.measure_layer_scales(fn, params, jnp.ones((2, 4)), **arguments)
 
 
 class ConvNet(nn.Module):
@@ -472,6 +475,18 @@ def test_refresh_every_and_decay_must_be_in_range():
         bmo.scale_by_measured_backmatch(key=KEY, refresh_every=0, normalize=False)
     with pytest.raises(ValueError, match=r"decay \(=1\.0\) must be a number below 1"):
         bmo.scale_by_measured_backmatch(key=KEY, decay=1.0, normalize=False)
+
+
+@pytest.mark.parametrize("wrong", [{"key": 0}, {"outputs_fn": 3}])
+def test_a_key_and_a_function_are_asked_for_at_construction(wrong):
+    with pytest.raises(ValueError, match=r"key|outputs_fn"):
+        arguments: Any = {"key": KEY} | wrong
+        bmo.scale_by_measured_backmatch(**arguments)
+
+
+def test_a_parameter_may_be_a_number():
+    state: Any = bmo.scale_by_measured_backmatch(key=KEY).init({"a": 1.0})
+    assert [*state.layer_scales] == ["a"]
 
 
 @pytest.mark.parametrize("decay", [jnp.float32(1), np.float64(1), -0.1, "half"])

@@ -535,6 +535,13 @@ def test_a_gradient_that_is_no_array_of_floats_is_refused(tx, gradient, found):
         tx.update(updates, tx.init(PAPER_PARAMS), PAPER_PARAMS)
 
 
+@pytest.mark.parametrize("tx", EVERY.values(), ids=EVERY)
+def test_a_gradient_of_numpys_64_bits_is_what_jax_makes_of_it(tx):
+    updates = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), PAPER_PARAMS)
+    scaled, _ = one_step(tx, updates, PAPER_PARAMS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(scaled)} == {jnp.dtype(jnp.float32)}
+
+
 def test_a_gradient_that_is_not_scaled_may_be_anything():
     tx = bmo.scale_by_backmatch(PAPER_NET, unlisted="identity")
     params = PAPER_PARAMS | {"count": jnp.zeros((), int), "temperature": jnp.ones(())}

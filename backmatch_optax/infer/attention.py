@@ -1,4 +1,7 @@
-"""How attention is recognised: values weighted by a softmax of queries times keys."""
+"""How a softmax is recognised, and attention: values weighted by one.
+
+The weights of attention are a softmax of queries times keys.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from backmatch_optax import spec as _spec
 from backmatch_optax.infer import graph
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links import (
@@ -41,9 +45,8 @@ def attention(node: Node) -> Step:
             f"{node.op} multiplies two signals, which is attention only where one of "
             "them is a softmax",
         )
-    softmax, over, moves = found
-    values, logits = node.operands[1 - which], _logits(softmax)
-    assert logits is not None
+    weights, over, moves = found
+    values, logits = node.operands[1 - which], _logits(weights)
     scores, factor, masks, axes = _scores(node, logits)
     contracted, batched = numbers(scores)
     # The axes of the scores: those that go along, then the others of either side.
@@ -144,22 +147,91 @@ def _weights(node: Node) -> tuple[Node, int, list[Node]] | None:
             return None
 
 
+def softmax(node: Node) -> Step | None:
+    """`Softmax` or `LogSoftmax` over the last axis; None for what is neither."""
+    link, over, last = _spec.Softmax(), _softmax_axis(node), len(node.shape) - 1
+    exponent = None if over is None else node.operands[0].operands[0]
+    if exponent is None:
+        link, (exponent, over) = _spec.LogSoftmax(), _log_softmax(node)
+    if exponent is None or over != last:
+        return None
+    source = _unshifted(exponent, last)
+    if all(found is not source for found in itertools.islice(node.dominators(), 4)):
+        return None  # the shift comes from elsewhere
+    return Step(node, source, [link], opaque=True)
+
+
 def _softmax_axis(node: Node) -> int | None:
     """Over which axis a softmax ends in a node, None where none does."""
-    if node.op != "div" or len(node.flow) != 2:
+    if node.op != "div" or len(node.flow) != 2 or node.operands[0].op != "exp":
         return None
-    exponential, total = node.operands
-    while total.op in graph.MOVES:
-        total = total.operands[0]
-    if total.op != "reduce_sum" or total.operands != (exponential,):
-        return None
-    axes = total.options["axes"]
-    return int(axes[0]) if exponential.op == "exp" and len(axes) == 1 else None
+    terms, over, _ = _sums(node.operands[1], [])
+    return over if terms is node.operands[0] else None
 
 
-def _logits(softmax: Node) -> Node | None:
-    """What a softmax is of; what is the same for all of them does not matter."""
-    (logits,), over = softmax.operands[0].operands, _softmax_axis(softmax) or 0
+def _log_softmax(node: Node) -> tuple[Node | None, int]:
+    """What the log-softmax that ends in a node is of, and over which axis.
+
+    It is `x - log(sum(exp(x)))`, or `x - (log(sum(exp(x - h))) + h)`.
+    """
+    if node.op != "sub" or len(node.flow) != 2:
+        return None, 0
+    exponent, logarithm = node.operands
+    terms, over, shift = _sums(logarithm, ["add", "log", "abs"])
+    if terms is None or terms.op != "exp":
+        return None, 0
+    (inner,) = terms.operands
+    if shift is not None:
+        shifted = inner.op == "sub" and origin(inner.operands[1]) is origin(shift)
+        inner = inner.operands[0] if shifted else inner
+    return (exponent, over) if inner is exponent else (None, 0)
+
+
+def _sums(end: Node, functions: Sequence[str]) -> tuple[Node | None, int, Node | None]:
+    """Sums over one axis that are repeated along it.
+
+    Args:
+      end: the sums, or functions of them.
+      functions: their names, the last first; only the `log` has to be there.
+
+    Returns:
+      What is summed, over which axis, and what is added afterwards. The first is None
+      where there are no such sums.
+    """
+    moves, left, shift = list[Node](), [*functions], None
+    while end.op in graph.MOVES or end.op in left:
+        if end.op in graph.MOVES:
+            moves.append(end)
+        else:
+            left = left[left.index(end.op) + 1 :]
+            shift = end.operands[1] if end.op == "add" else shift
+        end = end.operands[0]
+    over = end.options.get("axes", ())
+    if end.op != "reduce_sum" or len(over) != 1 or "log" in left:
+        return None, 0, None
+    (terms,) = end.operands
+    whole: list[graph.Axis] = [
+        ((axis, 1, size),) if size > 1 else () for axis, size in enumerate(terms.shape)
+    ]
+    axes: Sequence[graph.Axis] = whole[: over[0]] + whole[over[0] + 1 :]
+    try:
+        for move in reversed(moves):
+            axes = graph.moved(move, axes)
+    except graph.Unmatched:
+        return None, 0, None
+    apart = [axis for place, axis in enumerate(axes) if place != over[0]]
+    in_place = apart == whole[: over[0]] + whole[over[0] + 1 :]
+    return (terms, int(over[0]), shift) if in_place else (None, 0, None)
+
+
+def _logits(weights: Node) -> Node:
+    """What a softmax is of."""
+    (exponent,), over = weights.operands[0].operands, _softmax_axis(weights) or 0
+    return _unshifted(exponent, over)
+
+
+def _unshifted(logits: Node, over: int) -> Node:
+    """Logits without what is the same for all of them, which does not matter."""
     while logits.op == "sub":
         shift = logits.operands[1]
         if shift.op == "broadcast_in_dim":

@@ -36,6 +36,8 @@ _FEATUREWISE = (
     _spec.RMSNorm,
     _spec.BatchNorm,
     _spec.GlobalAvgPool,
+    _spec.LogSoftmax,
+    _spec.Softmax,
 )
 _BY_EXAMPLE = _spec.GlobalAvgPool
 

@@ -142,7 +142,7 @@ def infer_spec(
     # What is not an array, such as train=True, is part of the program.
     passed, tree = jax.tree.flatten((inputs, kwargs))
     arrays = {
-        index: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        index: jax.eval_shape(lambda leaf: leaf, leaf)  # with a dtype that JAX has
         for index, leaf in enumerate(passed)
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     }
@@ -212,8 +212,9 @@ def _one_end(ends: Sequence[Node]) -> Node:
     if len(ends) == 1:
         return ends[0]
     source = functools.reduce(graph.common_dominator, ends)
-    origins = frozenset({"input"})
-    return Node("outputs", tuple(ends), origins=origins, dominator=source)
+    outputs = Node("outputs", tuple(ends), origins=frozenset({"input"}))
+    outputs.dominator, outputs.depth = source, source.depth + 1
+    return outputs
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -319,8 +320,10 @@ def _message(
             text += "This is all of the model; a module of its own keeps it small. "
         elif graph.known(node) and len(node.flow) == 1:
             text += "If you know its rule, put a spec.Link of yours in its place. "
-    or_use = "Or use" if ways_out else "Use"
-    return f"{text}{or_use} measured scales (measure_layer_scales): they need no chain."
+    return (
+        f"{text}{'Or use' if ways_out else 'Use'} measured scales "
+        "(scale_by_measured_backmatch): they need no chain."
+    )
 
 
 # --- Traces --------------------------------------------------------------------------

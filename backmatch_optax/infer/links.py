@@ -693,11 +693,13 @@ def _is_plain(piece: Piece) -> bool:
 @rule()
 def scaling(piece: Piece, node: Node, source: Node) -> Step | None:
     """`Scale`: a constant factor."""
-    if not _is_plain(piece) or np.ptp(piece.values / SIGNAL) > 1e-6:
+    ratio = piece.values / SIGNAL
+    if not _is_plain(piece) or not np.ptp(ratio) <= 1e-6:  # or NaN, as of a logarithm
         return None
-    factor = float(np.median(piece.values / SIGNAL))
-    links = [_spec.Scale(factor)] if factor else []
-    return Step(node, source, links, elementwise=True) if factor else None
+    factor = float(np.median(ratio))
+    return (
+        Step(node, source, [_spec.Scale(factor)], elementwise=True) if factor else None
+    )
 
 
 @rule()

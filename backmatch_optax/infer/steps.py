@@ -139,6 +139,8 @@ class _Cutter:
         if block is not None:
             yield _tried(lambda: self.blocks.step(node, start, block))
             return
+        probabilities = attention.softmax(node)
+        yield from () if probabilities is None else (probabilities,)
         if node.op in RULES:
             yield _tried(lambda: self._with_arms(RULES[node.op](node)))
         late: list[Step] = []

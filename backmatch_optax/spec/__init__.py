@@ -37,6 +37,7 @@ from backmatch_optax.spec.link import Link, Site
 from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from backmatch_optax.spec.pool import AvgPool, Flatten, GlobalAvgPool, MaxPool
 from backmatch_optax.spec.reshape import Reshape, Resize, Slice, Transpose
+from backmatch_optax.spec.softmax import LogSoftmax, Softmax
 
 __all__ = [
     "Activation",
@@ -63,6 +64,7 @@ __all__ = [
     "LayerNorm",
     "LayerScale",
     "Link",
+    "LogSoftmax",
     "MaxPool",
     "Moments",
     "Outputs",
@@ -75,6 +77,7 @@ __all__ = [
     "Scale",
     "Site",
     "Slice",
+    "Softmax",
     "Tied",
     "Transpose",
     "Unembed",

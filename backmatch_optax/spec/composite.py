@@ -54,9 +54,9 @@ class Block(Link):
         is the input's.
 
     Raises:
-      ValueError: where a curvature is neither a positive number nor a function, or (at
-        `init`) a function returns something that is not a real scalar, or a negative
-        one. Under `jax.jit` a negative number makes scales of NaN.
+      ValueError: where a curvature is neither a positive number nor a function; where
+        scales are computed, if a function returns something that is not a real scalar,
+        or a negative one. Under `jax.jit` a negative number makes scales of NaN.
 
     Examples:
       >>> import jax.numpy as jnp

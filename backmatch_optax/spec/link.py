@@ -331,8 +331,9 @@ def check_number(
     name: str, value: Any, wanted: str, fits: Callable[[float], bool]
 ) -> None:
     """Raises `ValueError` where a value is no real number, or one that does not fit."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
-        number = float(value) if isinstance(value, numbers.Real) else math.nan
+        number = float(value) if is_number else math.nan
     except OverflowError:  # of an int
         number = math.inf
     if not fits(number):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import models
+import numpy as np
 import pytest
 from flax import nnx
 from zoo_linen import Call, array, infer
@@ -205,7 +206,7 @@ def test_dropout_is_all_that_training_adds_in_nnx():
 
 def test_errors_tell_the_line_of_code():
     with pytest.raises(ValueError, match=r"test_infer_flax\.py:\d+"):
-        infer(lambda _, x: nn.softmax(nn.Dense(6)(x)))
+        infer(lambda _, x: jnp.sin(nn.Dense(6)(x)))
 
 
 def test_several_inputs():
@@ -290,3 +291,24 @@ def test_flax_is_needed_and_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax.linen", None)
     with pytest.raises(ImportError, match="needs Flax: pip install flax"):
         infer_spec(models.Mlp(), array(2, 8))
+
+
+def test_numpys_own_dtypes_are_taken_as_jaxs():
+    def embedded(_: nn.Module, tokens: Any, x: Any) -> jax.Array:
+        return nn.Dense(4)(nn.Embed(5, 6)(tokens).mean(1) + x)
+
+    numpys = np.zeros((2, 7), np.int64), np.zeros((2, 6), np.float64)
+    jaxs = array(2, 7, dtype=jnp.int32), array(2, 6)
+    assert infer_spec(Call(embedded), *numpys) == infer_spec(Call(embedded), *jaxs)
+
+
+def test_several_outputs_that_no_block_helps():
+    # Its latents are outputs too, and random numbers multiply them.
+    def drawn(module: nn.Module, x: jax.Array) -> Any:
+        mean, size = nn.Dense(3, name="mean")(x), nn.Dense(3, name="size")(x)
+        noise = jax.random.normal(module.make_rng("noise"), size.shape)
+        return nn.Dense(6, name="out")(mean + noise * size), mean, size
+
+    with pytest.raises(ValueError, match="random numbers") as error:
+        infer_spec(Call(drawn), array(2, 6), rngs={"noise": jax.random.key(0)})
+    assert "Use measured scales (scale_by_measured_backmatch)" in str(error.value)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import lax
 from zoo_linen import IMAGES, Call, array, infer
 
@@ -51,6 +52,80 @@ WRITTEN_OUT: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
 def test_activations_written_out(case):
     name, function = WRITTEN_OUT[case]
     assert infer(lambda _, x: function(x)) == [spec.Activation(name)]
+
+
+SOFTMAX, LOG_SOFTMAX = spec.Softmax(), spec.LogSoftmax()
+
+PROBABILITIES: dict[str, tuple[list[spec.Link], Callable[[jax.Array], jax.Array]]] = {
+    "softmax": ([SOFTMAX], nn.softmax),
+    "of cooler logits": ([spec.Scale(0.5), SOFTMAX], lambda x: nn.softmax(x / 2)),
+    "by hand": ([SOFTMAX], lambda x: (y := jnp.exp(x)) / y.sum(-1, keepdims=True)),
+    "log-softmax": ([LOG_SOFTMAX], nn.log_softmax),
+    "logsumexp": (
+        [LOG_SOFTMAX],
+        lambda x: x - jax.nn.logsumexp(x, -1, keepdims=True),
+    ),
+    "logsumexp, another axis": (
+        [LOG_SOFTMAX],
+        lambda x: x - jax.nn.logsumexp(x, -1)[..., None],
+    ),
+    "logarithm by hand": (
+        [LOG_SOFTMAX],
+        lambda x: x - jnp.log(jnp.exp(x).sum(-1, keepdims=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROBABILITIES)
+@pytest.mark.parametrize("shape", [(2, 5), (2, 4, 5)])
+def test_probabilities(case, shape):
+    links, function = PROBABILITIES[case]
+    found = infer(lambda _, x: function(nn.Dense(6, name="d")(x)), *shape)
+    assert found == [spec.Dense("d"), *links]
+
+
+NO_PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "of the wrong features": lambda x: (y := jnp.exp(x)) / y.sum(-1)[:, None, :],
+    "logarithms of the wrong features": lambda x: (
+        x - jnp.log(jnp.exp(x).sum(-1))[:, None, :]
+    ),
+    "of other logits": lambda x: x - jnp.log(jnp.exp(2 * x).sum(-1, keepdims=True)),
+    "shifted": lambda x: (
+        x - (jnp.log(jnp.exp(x - (m := x.max(-1, keepdims=True))).sum()) + 2 * m)
+    ),
+    "absolute logarithms": lambda x: (
+        x - jnp.abs(jnp.log(jnp.exp(x).sum(-1, keepdims=True)))
+    ),
+    "without a logarithm": lambda x: x - jnp.exp(x).sum(-1, keepdims=True),
+    "over all": lambda x: (y := jnp.exp(x)) / y.sum((1, 2), keepdims=True),
+}
+
+
+@pytest.mark.parametrize("case", NO_PROBABILITIES)
+def test_what_only_looks_like_probabilities(case):
+    function = NO_PROBABILITIES[case]
+    with pytest.raises(ValueError, match="infer_spec: "):
+        infer(lambda _, x: function(nn.Dense(6, name="d")(x)), 6, 6)
+
+
+class Policy(nnx.Module):
+    """An actor-critic, whose policy ends in a log-softmax."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.trunk = nnx.Linear(5, 8, rngs=rngs)
+        self.logits = nnx.Linear(8, 6, rngs=rngs)
+        self.value = nnx.Linear(8, 1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = nnx.relu(self.trunk(x))
+        return nnx.log_softmax(self.logits(x)), self.value(x)
+
+
+def test_an_actor_critic():
+    model = nnx.eval_shape(lambda: Policy(nnx.Rngs(0)))
+    heads = [[spec.Dense("logits"), LOG_SOFTMAX], [spec.Dense("value")]]
+    links = (spec.Dense("trunk"), RELU, spec.Outputs(heads))
+    assert infer_spec(model, array(2, 5)).layers == links
 
 
 def groups(number: int) -> spec.Link:

@@ -94,6 +94,11 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: spec.RMSNorm(epsilon="1e-6"),  # pyright: ignore
         r"epsilon \(='1e-6'\) must be a finite number of at least 0",
     ),
+    "epsilon as truth value": (
+        lambda: spec.RMSNorm(epsilon=True),
+        r"epsilon \(=True\) must be a finite number of at least 0",
+    ),
+    "factor as truth value": (lambda: spec.Scale(True), r"factor \(=True\) must be a"),
     "zero groups": (
         lambda: spec.Conv("conv", feature_group_count=0),
         r"feature_group_count \(=0\) must be an int of at least 1",
