@@ -418,6 +418,18 @@ def test_the_report_prints_means_over_seeds_and_counts_divergences(tmp_path):
     assert len(list(tmp_path.glob("lenet_cifar10_constant_200*_curves.png"))) == 2
 
 
+def test_methods_are_compared_with_sgd_at_its_rate_of_most_seeds():
+    def runs(*accuracies: float) -> list[dict[str, Any]]:
+        return [{"outcome": "finished", "accuracy": [each]} for each in accuracies]
+
+    often, once = ("sgd", 0.02, 5e-3), ("sgd", 0.005, 5e-3)
+    ours, other = ("backmatch", 0.01, 5e-3), ("backmatch", 0.01, 0.0)
+    final = {often: runs(0.6, 0.7), once: runs(0.9), ours: runs(0.8), other: runs(0.5)}
+    (compared,) = report.comparisons(final, {})
+    assert compared.reference == often
+    assert compared.others == [once, ours]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

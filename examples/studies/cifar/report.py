@@ -135,7 +135,8 @@ def comparisons(final: Results, tuned: dict[str, Key]) -> list[Comparison]:
     Returns:
       One comparison where each method has one weight decay, its best. Else one for each
       decay, and one of what the methods' own tuning chose. Where SGD has several rates,
-      the others are compared with the one of the highest mean, the hardest to beat.
+      the others are compared with the one of the most seeds and then of the highest
+      mean, the hardest to beat.
     """
 
     def against_sgd(title: str, keys: Sequence[Key]) -> list[Comparison]:
@@ -143,7 +144,8 @@ def comparisons(final: Results, tuned: dict[str, Key]) -> list[Comparison]:
         sgd = [key for key in sgd if len(finals(final[key], "accuracy"))]
         if not sgd or len(keys) < 2:
             return []
-        best = max(sgd, key=lambda key: finals(final[key], "accuracy").mean())
+        accuracies = {key: finals(final[key], "accuracy") for key in sgd}
+        best = max(sgd, key=lambda key: (accuracies[key].size, accuracies[key].mean()))
         return [Comparison(title, best, [key for key in keys if key != best])]
 
     if not several_decays(final):
