@@ -392,6 +392,12 @@ def test_without_refresh_a_block_keeps_its_scale():
         assert_trees_all_close(updates, optax.tree.scale(1 / 8, params), rtol=1e-6)
 
 
+def test_swapped_arguments_are_told():
+    swapped: Any = (PAPER_NET, 0.1)
+    with pytest.raises(ValueError, match=r"spec must be a .*LayerChain, but it is 0.1"):
+        bmo.backmatch_sgd(*swapped)
+
+
 def test_backmatch_sgd_passes_refresh_on():
     tx = bmo.backmatch_sgd(0.1, PAPER_NET, refresh=False)
     _, state = one_step(tx, PAPER_PARAMS, PAPER_PARAMS)

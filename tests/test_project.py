@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import json
 import re
 import subprocess
 import tomllib
@@ -29,6 +30,15 @@ def tracked(*patterns: str) -> list[Path]:
     )
     paths = [ROOT / line for line in listed.stdout.splitlines()]
     return sorted(path for path in paths if path.exists())
+
+
+@pytest.mark.parametrize("path", tracked("*.ipynb"), ids=lambda path: path.stem)
+def test_notebooks_were_run_from_top_to_bottom(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert "error" not in {output["output_type"] for output in outputs}
 
 
 def test_version_is_the_same_everywhere():

@@ -27,6 +27,7 @@ import backmatch_optax as bmo
 from backmatch_optax.parameters import text
 from backmatch_optax.powers import stacked
 from backmatch_optax.scales import NORM_FLOOR, scale_of_params, walk
+from examples.arguments import whole
 from examples.studies import results_file
 from examples.studies.networks import NETWORKS, Network
 
@@ -689,8 +690,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME",
         help="all by default, or the finalists for the slow networks",
     )
-    parser.add_argument("--steps", type=int, default=200, help="a multiple of 20")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=whole(1), default=200, help="a multiple of 20")
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--rates",
         type=int,
@@ -705,8 +706,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="a line for each network and candidate; the page goes beside it, as .md",
     )
     options = parser.parse_args(arguments)
-    if options.steps < 1 or options.steps % _CHUNK:
+    if options.steps % _CHUNK:
         parser.error(f"--steps must be a multiple of {_CHUNK}")
+    if options.rates is not None and options.rates[0] > options.rates[1]:
+        parser.error("--rates: LOW must not be above HIGH")
     records = results_file.read(options.results)
     for record in records:
         if (record["steps"], record["seeds"]) != (options.steps, options.seeds):

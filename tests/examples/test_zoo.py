@@ -24,9 +24,25 @@ def test_a_run_is_recorded_once_and_makes_the_page(tmp_path, capsys):
     written = path.read_text()
     zoo.main([*arguments, "--steps", "20"])
     assert path.read_text() == written
-    for steps in ("40", "30"):  # of another study, and no multiple of 20
-        with pytest.raises(SystemExit):
-            zoo.main([*arguments, "--steps", steps])
+    with pytest.raises(SystemExit):
+        zoo.main([*arguments, "--steps", "40"])
+    assert "holds runs of 20 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "30"], "must be a multiple of 20"),
+        (["--steps", "0"], "'0' must be a whole number of at least 1"),
+        (["--seeds", "-1"], "'-1' must be a whole number of at least 0"),
+        (["--rates", "3", "1"], "LOW must not be above HIGH"),
+        (["--networks", "vgg"], "invalid choice: 'vgg'"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        zoo.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_the_page_has_every_network():

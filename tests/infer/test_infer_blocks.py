@@ -381,6 +381,19 @@ class Mixing(nn.Module):
         return nn.Dense(6, name="e")(jnp.tanh(y @ y.swapaxes(1, 2)) @ y)
 
 
+class Waves(nn.Module):
+    """A layer whose activation no link describes."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.sin(nn.Dense(6)(x))
+
+
+def called_twice(_: nn.Module, x: jax.Array) -> jax.Array:
+    waves = Waves(name="waves")
+    return nn.Dense(2, name="head")(waves(waves(x)))
+
+
 def mixing(_: nn.Module, x: jax.Array) -> jax.Array:
     x = x + Mixing(name="mix")(nn.LayerNorm()(x))
     return nn.Dense(2, name="head")(x)
@@ -391,10 +404,21 @@ def test_blocks_that_errors_name():
     assert check(mixing, tokens).paths[1:] == ("mix/d", "mix/e", "head")
     assert check(scanned, tokens).paths == ("layers/d", "head")
     assert check(UNKNOWN["recurrence"][0], tokens).paths == ("LSTMCell_0",)
+    assert check(called_twice, tokens).paths == ("waves/Dense_0", "head")
     (link,) = check(lambda _, x: jnp.sin(x), images).layers
     assert isinstance(link, spec.Block)
     assert link.path is None
     assert link.weight_curvature is None
+
+
+def test_a_link_of_ones_own_is_offered_where_one_rule_is_missing():
+    def of(function: Callable[..., Any], *shape: int) -> str:
+        with pytest.raises(ValueError, match="infer_spec: ") as error:
+            infer(function, *shape)
+        return str(error.value)
+
+    assert "put a spec.Link of yours in its place" in of(lambda _, x: jnp.sin(x))
+    assert "spec.Link" not in of(UNKNOWN["recurrence"][0], 2, 5, 6)
 
 
 def test_blocks_before_and_after_one_another():
