@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
                 f"is of {dtype}"
             )
         layer = layer_of(path)
-        sizes[layer] = sizes.get(layer, 0) + jnp.size(leaf)
+        sizes[layer] = sizes.get(layer, 0) + math.prod(jnp.shape(leaf))
     return sizes
 
 
