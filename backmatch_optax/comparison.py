@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.measured import measure_layer_scales
 from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted, listed, locate
-from backmatch_optax.scales import every, layer_scales, main_path
+from backmatch_optax.recursion import every
+from backmatch_optax.scales import layer_scales, main_path, path_of
 from backmatch_optax.spec.link import Site
-from backmatch_optax.text import aligned
+from backmatch_optax.text import aligned, indexed
 
 
 class ScaleComparison(NamedTuple):
     """What `compare_scales` returns, keyed by the paths of the declared layers.
 
+    The layers of a `spec.Repeat` have an index behind the path, `"layers/Dense_0[3]"`.
     Printed, it is a table.
     """
 
@@ -115,11 +118,12 @@ def compare_scales(
     """
     if not tolerance > 1:
         raise ValueError(f"tolerance (={tolerance!r}) must be above 1")
-    sites = [site for site in every(locate(spec, params, unlisted=unlisted))]
+    sites = locate(spec, params, unlisted=unlisted)
+    walked = [*_one_by_one(sites)]
     declared = layer_scales(
         spec, params, gains=gains, norm_floor=0, normalize=False, unlisted=unlisted
     )
-    owners = {main_path(site): site for site in sites if site.params}
+    owners = {main_path(site): site for site in every(sites) if site.params}
     blocks = tuple(p for p, site in owners.items() if site.link.owns_subtree)
 
     def parameter_or_block(path: str) -> str:
@@ -133,24 +137,46 @@ def compare_scales(
         key=key,
         num_probes=num_probes,
         layer_of=parameter_or_block,
+        stacked=[path for path, site in owners.items() for _ in site.stacked],
     )
-    names = {path: main for path, main in zip(declared, owners, strict=True)}
-    measured = {p: float(estimates.layer_scales[main]) for p, main in names.items()}
-    errors = {p: float(estimates.standard_errors[main]) for p, main in names.items()}
+    mains = dict(zip(declared, owners, strict=True))
+    places = [(path_of(site), at) for site, at in walked if site.params]
+
+    def named(of: dict[str, jax.Array], key_of: Callable[[str], str]) -> Any:
+        arrays = {path: np.asarray(of[key_of(path)]) for path in declared}
+        return {indexed(path, at): float(arrays[path][at]) for path, at in places}
+
+    scales = named(declared, str)
+    measured = named(estimates.layer_scales, mains.__getitem__)
+    errors = named(estimates.standard_errors, mains.__getitem__)
     if unmeasured := [path for path, scale in measured.items() if not scale > 0]:
         raise ValueError(
             "fn has derivatives that are not finite numbers, so that no scale of "
             f"{listed(unmeasured)} can be measured"
         )
-    ratios = {path: float(declared[path]) / measured[path] for path in names}
-    relative = {path: errors[path] / measured[path] for path in names}
+    ratios = {name: scales[name] / measured[name] for name in scales}
+    relative = {name: errors[name] / measured[name] for name in scales}
     return ScaleComparison(
-        declared={path: float(scale) for path, scale in declared.items()},
+        declared=scales,
         measured=measured,
         standard_errors=errors,
         ratios=ratios,
-        suspects=_suspects(sites, ratios, relative, tolerance),
+        suspects=_suspects([site for site, _ in walked], ratios, relative, tolerance),
     )
+
+
+def _one_by_one(
+    sites: Sequence[Site], at: tuple[int, ...] = ()
+) -> Iterator[tuple[Site, tuple[int, ...]]]:
+    """The sites and those inside them, with the layer that each is met in."""
+    for site in sites:
+        yield site, at
+        link, layers = site.link, [at]
+        if isinstance(link, _spec.Repeat):
+            layers = [(*at, layer) for layer in range(link.n)]
+        for layer in layers:
+            for arm in site.arms.values():
+                yield from _one_by_one(arm, layer)
 
 
 def _suspects(
@@ -170,7 +196,7 @@ def _suspects(
     reached = [
         (path, index)
         for (path, ratio), index in zip(ratios.items(), owners, strict=True)
-        if ratio > 0 and main_path(sites[index]) != f"{path}/scale"
+        if ratio > 0 and main_path(sites[index]) != f"{path_of(sites[index])}/scale"
     ]
     suspects = {}
     for (lower, first), (upper, last) in itertools.pairwise(reached):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,8 @@ def keep_norms(
         momentum are, and those of Adam are not.
       spec: the declared layer chain. Kernels right before a `BatchNorm` keep their
         norm, and those right before a `LayerNorm`, `GroupNorm` or `RMSNorm` where they
-        have no bias.
+        have no bias. Inside a `Repeat` each layer's kernel keeps its own norm, if the
+        normalisation is in the same layer.
 
     Returns:
       An optimizer with the state of `inner`. Its `update` needs `params`. Norms are
@@ -122,9 +123,10 @@ def keep_norms(
             path = text(key_path)
             if path not in kept:
                 return None
-            dtype = wide(param.dtype)
+            dtype, depth = wide(param.dtype), kept[path]
             old, step = param.astype(dtype), update.astype(dtype)
-            before, after = frobenius_norm(old), frobenius_norm(old + step)
+            before = frobenius_norm(old, depth)
+            after = frobenius_norm(old + step, depth)
             usable = (before > 0) & (after > 0) & jnp.isfinite(after)
             return jnp.where(usable, before / after, 1.0)
 
@@ -145,7 +147,7 @@ def keep_norms(
 def _check_proportion(
     inner: optax.GradientTransformationExtraArgs,
     params: optax.Params,
-    kernels: frozenset[str],
+    kernels: Collection[str],
 ) -> None:
     """Raises `ValueError` where twice the gradient makes no steps of twice the size.
 
@@ -218,9 +220,12 @@ def _check_proportion(
     )
 
 
-def _kernels(spec: _spec.LayerChain, params: optax.Params) -> frozenset[str]:
-    """The paths of the kernels whose norm the next link takes away."""
-    found = frozenset(_before_norms(locate(spec, params, unlisted="identity")))
+def _kernels(spec: _spec.LayerChain, params: optax.Params) -> dict[str, int]:
+    """The paths of the kernels whose norm the next link takes away.
+
+    With how many first axes have an entry for each layer.
+    """
+    found = dict(_before_norms(locate(spec, params, unlisted="identity")))
     if not found:
         raise ValueError(
             "keep_norms found no kernel right before a normalisation in the spec, so "
@@ -229,14 +234,14 @@ def _kernels(spec: _spec.LayerChain, params: optax.Params) -> frozenset[str]:
     return found
 
 
-def _before_norms(sites: Sequence[Site]) -> Iterator[str]:
+def _before_norms(sites: Sequence[Site]) -> Iterator[tuple[str, int]]:
     """Kernels right before a normalisation, in the chain and in its arms."""
     for site, above in itertools.pairwise(sites):
         link: Any = site.link
         elsewhere = bool(site.uses)  # where its norm may matter
         has_kernel = "kernel" in site.params and not (link.owns_subtree or elsewhere)
         if has_kernel and above.link.takes_away_norm("bias" in site.params):
-            yield join(link.path, "kernel")
+            yield join(link.path, "kernel"), len(site.stacked)
     for site in sites:
         for arm in site.arms.values():
             yield from _before_norms(arm)

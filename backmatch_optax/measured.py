@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from backmatch_optax.scales import (
     scaled_updates,
     within,
 )
-from backmatch_optax.spec.link import kind_of
+from backmatch_optax.spec.link import Shape, kind_of
 
 LayerOf = Callable[[str], str]
 
@@ -35,7 +35,7 @@ LayerOf = Callable[[str], str]
 class MeasuredLayerScales(NamedTuple):
     """What `measure_layer_scales` returns; both keyed by layer."""
 
-    layer_scales: dict[str, jax.Array]  # shape=(), dtype=jnp.float32
+    layer_scales: dict[str, jax.Array]  # shape=(), or of a stack; dtype=jnp.float32
     standard_errors: dict[str, jax.Array]  # of the scales; NaN from a single probe
 
 
@@ -54,6 +54,7 @@ def measure_layer_scales(
     key: jax.Array,
     num_probes: int = 8,
     layer_of: LayerOf = module_of,
+    stacked: Sequence[str] = (),
 ) -> MeasuredLayerScales:
     r"""Measures the scale of every layer of any differentiable model.
 
@@ -84,16 +85,21 @@ def measure_layer_scales(
         its layer; all parameters of a layer are measured together, by default all of a
         module. `lambda path: path` measures every array by itself, and so does the
         default at the top of the tree.
+      stacked: paths of modules, or of parameters, that hold several layers along the
+        first axis, as `nn.scan` makes them. Each layer is measured by itself. A stack
+        inside another is named too.
 
     Returns:
       For each layer, in the order of the tree, the scale and its standard error, as
-      float32 scalars. The scale of a layer that does not reach the output is infinite.
+      float32 scalars; of a stack, vectors with an entry for each layer. The scale of a
+      layer that does not reach the output is infinite.
 
     Raises:
-      ValueError: where `key` is no key, `num_probes` is below 1, a parameter or an
-        output has no real floating dtype, or the outputs have no common batch axis; or
-        inside `jax.shard_map`, where a parameter is not the same on all devices, so
-        that it may be a part of one.
+      ValueError: where `key` is no key, `num_probes` is below 1, there is nothing at a
+        path in `stacked`, or the parameters of a layer there have different first axes,
+        a parameter or an output has no real floating dtype, or the outputs have no
+        common batch axis; or inside `jax.shard_map`, where a parameter is not the same
+        on all devices, so that it may be a part of one.
 
     Examples:
       >>> import jax
@@ -110,12 +116,12 @@ def measure_layer_scales(
     """
     _check_key(key)
     probes = checked_count("num_probes", num_probes)
-    sizes = layer_sizes(params, layer_of)
-    if not sizes:
+    layers = _layers(params, layer_of, tuple(stacked))
+    if not layers:
         raise ValueError("params holds no array, so there is no layer to measure")
     samples = jnp.stack(
         [
-            _jitted_probe(fn, layer_of, params, inputs, probe_key)
+            _jitted_probe(fn, layer_of, tuple(stacked), params, inputs, probe_key)
             for probe_key in jax.random.split(key, probes)
         ]
     )
@@ -126,16 +132,27 @@ def measure_layer_scales(
     spread = jnp.std(samples, axis=0, ddof=1) if probes > 1 else jnp.nan * curvature
     errors = spread / probes**0.5 / jnp.square(jnp.where(reached, curvature, 1))
     errors = jnp.where(reached, errors, jnp.inf)
-    return MeasuredLayerScales(
-        dict(zip(sizes, scales, strict=True)), dict(zip(sizes, errors, strict=True))
-    )
+    return MeasuredLayerScales(_by_layer(scales, layers), _by_layer(errors, layers))
 
 
-def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
-    """How many coordinates each layer has, in the order of the tree."""
+class _Layer(NamedTuple):
+    """The parameters that are measured together."""
+
+    stack: Shape  # how many layers there are along the first axes
+    size: int  # coordinates of one of them
+
+
+def _layers(
+    params: optax.Params, layer_of: LayerOf, stacked: Sequence[str]
+) -> dict[str, _Layer]:
+    """The layers in the order of the tree."""
     refuse_parts(params)
-    sizes: dict[str, int] = {}
-    for path, leaf in ParamPaths(params).leaves.items():
+    paths = ParamPaths(params)
+    for path in stacked:
+        if paths.leaves and not paths.below(path):
+            raise ValueError(f"stacked: {paths.missing(path)}")
+    layers: dict[str, _Layer] = {}
+    for path, leaf in paths.leaves.items():
         if is_masked(leaf):
             raise ValueError(masked_text(path))
         dtype = jnp.result_type(leaf)
@@ -144,9 +161,39 @@ def layer_sizes(params: optax.Params, layer_of: LayerOf) -> dict[str, int]:
                 f"parameter {path!r} must be an array of a real floating dtype, but it "
                 f"is of {dtype}"
             )
-        layer = layer_of(path)
-        sizes[layer] = sizes.get(layer, 0) + math.prod(jnp.shape(leaf))
-    return sizes
+        shape, depth = jnp.shape(leaf), _depth(path, stacked)
+        name, stack = layer_of(path), shape[:depth]
+        before = layers.get(name, _Layer(stack, 0))
+        if len(stack) < depth or stack != before.stack:
+            raise ValueError(
+                f"{path!r} of shape {shape} must have an axis for each stack that "
+                f"it is in, of the same length as all of {name!r}"
+            )
+        size = math.prod(shape) // max(math.prod(stack), 1)
+        layers[name] = _Layer(stack, before.size + size)
+    return layers
+
+
+def _depth(path: str, stacked: Sequence[str]) -> int:
+    """How many stacks a parameter is in."""
+    return sum(f"{path}/".startswith(f"{stack}/" if stack else "") for stack in stacked)
+
+
+def _by_layer(entries: jax.Array, layers: Mapping[str, _Layer]) -> dict[str, jax.Array]:
+    """A vector with an entry for each layer, by their names."""
+    found, place = {}, 0
+    for name, layer in layers.items():
+        count = math.prod(layer.stack)
+        found[name] = entries[place : place + count].reshape(layer.stack)
+        place += count
+    return found
+
+
+def _entry_sizes(layers: Mapping[str, _Layer]) -> list[int]:
+    """The sizes that go with the entries of such a vector."""
+    return [
+        layer.size for layer in layers.values() for _ in range(math.prod(layer.stack))
+    ]
 
 
 def _check_key(key: Any) -> None:
@@ -160,6 +207,7 @@ def _check_key(key: Any) -> None:
 def _probe(
     fn: Callable[..., Any],
     layer_of: LayerOf,
+    stacked: tuple[str, ...],
     params: optax.Params,
     inputs: Sequence[Any],
     key: jax.Array,
@@ -176,16 +224,17 @@ def _probe(
     (gradient,) = pull_back(treedef.unflatten(signs))
     totals: dict[str, jax.Array] = {}
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        layer = layer_of(text(key_path))
-        total = jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        path = text(key_path)
+        layer, depth = layer_of(path), _depth(path, stacked)
+        squares = jnp.square(leaf.astype(jnp.float32))
+        total = jnp.sum(squares, axis=tuple(range(depth, leaf.ndim)))
         totals[layer] = total + totals.get(layer, 0.0)
-    sizes = layer_sizes(params, layer_of)
-    return jnp.stack(
-        [totals[layer] / max(size * batch, 1) for layer, size in sizes.items()]
-    )
+    layers = _layers(params, layer_of, stacked)
+    means = (totals[name] / max(of.size * batch, 1) for name, of in layers.items())
+    return jnp.concatenate([*map(jnp.ravel, means)])
 
 
-_jitted_probe = jax.jit(_probe, static_argnames=("fn", "layer_of"))
+_jitted_probe = jax.jit(_probe, static_argnames=("fn", "layer_of", "stacked"))
 
 
 def _batch_size(outputs: Any) -> int:
@@ -219,7 +268,8 @@ class ScaleByMeasuredBackmatchState(NamedTuple):
     steps: jax.Array  # taken so far; shape=(), dtype=jnp.int32
     key: jax.Array  # of the next probe; a typed key, shape=()
     curvatures: jax.Array  # running sums, by layer; shape=(layers,), dtype=jnp.float32
-    layer_scales: dict[str, jax.Array]  # those applied last; shape=(), jnp.float32
+    # Those applied last; dtype=jnp.float32, shape=(), or (n,) of a stack.
+    layer_scales: dict[str, jax.Array]
 
 
 def scale_by_measured_backmatch(
@@ -231,6 +281,7 @@ def scale_by_measured_backmatch(
     normalize: bool = True,
     limit: jax.typing.ArrayLike | None = LIMIT,
     layer_of: LayerOf = module_of,
+    stacked: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies each layer's gradient by a scale measured on the model itself.
 
@@ -263,9 +314,11 @@ def scale_by_measured_backmatch(
       limit: how far a normalized scale may be from 1; see `layer_scales`.
       layer_of: maps the path of a parameter to the name of its layer; all parameters of
         a layer share one scale. By default a module is a layer.
+      stacked: paths of what holds several layers along the first axis, each with a
+        scale of its own; see `measure_layer_scales`.
 
     Under `optax.inject_hyperparams`, name `key`, `outputs_fn`, `refresh_every`,
-    `normalize` and `layer_of` in its `static_args`.
+    `normalize`, `layer_of` and `stacked` in its `static_args`.
 
     Returns:
       A gradient transformation with state `ScaleByMeasuredBackmatchState`, whose
@@ -305,20 +358,20 @@ def scale_by_measured_backmatch(
             "outputs_fn must be a function of the parameters, but it is "
             f"{kind_of(outputs_fn)}"
         )
-    default_outputs_fn = outputs_fn
+    default_outputs_fn, stacked = outputs_fn, tuple(stacked)
     check_number("decay", decay, least=0, below=1)
     check_options("paper", 0, normalize, limit, "error")
     if refresh_every is not None:
         checked_count("refresh_every", refresh_every)
 
     def init_fn(params: optax.Params) -> ScaleByMeasuredBackmatchState:
-        sizes = layer_sizes(params, layer_of)
-        scales = {layer: jnp.ones((), jnp.float32) for layer in sizes}
+        layers = _layers(params, layer_of, stacked)
+        scales = {name: jnp.ones(of.stack, jnp.float32) for name, of in layers.items()}
         one: Any = jnp.ones((), jnp.float32)
         return ScaleByMeasuredBackmatchState(
             steps=jnp.zeros((), jnp.int32),
             key=jax.random.fold_in(key, 0),  # a new array: the state may be donated
-            curvatures=jnp.zeros((len(sizes),), jnp.float32),
+            curvatures=jnp.zeros((len(_entry_sizes(layers)),), jnp.float32),
             # optax.tree.map_params passes a tree without leaves. One leaf then stands
             # for the dict, whose keys nobody can know.
             layer_scales=scales or one,
@@ -341,20 +394,23 @@ def scale_by_measured_backmatch(
                 "call update(updates, state, params, outputs_fn=lambda params: "
                 f"outputs), or give outputs_fn at construction, but {missing} is None"
             )
-        sizes = layer_sizes(params, layer_of)
-        if not sizes:
+        layers = _layers(params, layer_of, stacked)
+        if not layers:
             return updates, state
-        check_state(state, ScaleByMeasuredBackmatchState._make([0, 0, 0, sizes]))
+        sizes = _entry_sizes(layers)
+        expected = {name: np.zeros(layer.stack) for name, layer in layers.items()}
+        parts = (0, np.zeros(jnp.shape(key)), np.zeros(len(sizes)), expected)
+        check_state(state, ScaleByMeasuredBackmatchState._make(parts))
 
         def refresh(state: ScaleByMeasuredBackmatchState):
             next_key, probe_key = jax.random.split(state.key)
-            sample = _probe(measured_fn, layer_of, params, (), probe_key)
+            sample = _probe(measured_fn, layer_of, stacked, params, (), probe_key)
             kept = jnp.asarray(decay, jnp.float32)  # also with 64-bit JAX
             curvatures = kept * state.curvatures + (1 - kept) * sample
             refreshes = 1 + (state.steps // refresh_every if refresh_every else 0)
             average = curvatures / (1 - jnp.power(kept, jnp.float32(refreshes)))
             if normalize:
-                weights = jnp.asarray([*sizes.values()], jnp.float32)
+                weights = jnp.asarray(sizes, jnp.float32)
                 mean = jnp.average(average, weights=weights)
                 average = average / jnp.where(mean == 0, 1, mean)
             scales = _reciprocal(average)
@@ -363,7 +419,7 @@ def scale_by_measured_backmatch(
             return state._replace(
                 key=next_key,
                 curvatures=curvatures,
-                layer_scales=dict(zip(sizes, scales, strict=True)),
+                layer_scales=_by_layer(scales, layers),
             )
 
         since = state.steps % refresh_every if refresh_every else state.steps

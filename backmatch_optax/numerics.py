@@ -19,10 +19,15 @@ def wide(*dtypes: jnp.dtype) -> jnp.dtype:
 
 
 def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """An update times its scale, in its own dtype; without a scale as it is."""
+    """An update times its scale, in its own dtype; without a scale as it is.
+
+    A scale with axes has one number for each entry along the update's first axes.
+    """
     if scale is None:
         return update
     update = jnp.asarray(update)  # of NumPy's float64, what JAX makes of it
+    if scale.ndim:
+        scale = jnp.expand_dims(scale, [*range(scale.ndim, update.ndim)])
     if jnp.iscomplexobj(update):
         return (update * scale).astype(update.dtype)
     # In the wider of the two dtypes: a scale above 65504 is no float16.
@@ -30,12 +35,16 @@ def scaled(update: jax.Array, scale: jax.Array | None) -> jax.Array:
     return (update.astype(dtype) * scale.astype(dtype)).astype(update.dtype)
 
 
-def frobenius_norm(entries: jax.Array) -> jax.Array:
-    """The root of the sum of squares, also where squares would leave the dtype."""
-    largest = jnp.max(jnp.abs(entries), initial=0)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+def frobenius_norm(entries: jax.Array, stacked: int = 0) -> jax.Array:
+    """The root of the sum of squares, also where squares would leave the dtype.
+
+    For each entry along the first axes, as many as are `stacked`.
+    """
     # All axes at once: a reshape would gather, or refuse, a sharded array.
-    return unit * jnp.sqrt(jnp.sum(jnp.square(entries / unit)))
+    over = {"axis": tuple(range(stacked, entries.ndim)), "keepdims": stacked > 0}
+    largest = jnp.max(jnp.abs(entries), initial=0, **over)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return unit * jnp.sqrt(jnp.sum(jnp.square(entries / unit), **over))
 
 
 def checked_count(name: str, count: Any) -> int:

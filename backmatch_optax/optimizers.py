@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from backmatch_optax import spec as _spec
@@ -33,7 +34,8 @@ from backmatch_optax.scales import (
     steps_of_params,
     walk,
 )
-from backmatch_optax.spec.link import Site
+from backmatch_optax.spec.link import Shape, Site
+from backmatch_optax.spec.repeat import stacks
 
 
 class ScaleByBackmatchState(NamedTuple):
@@ -58,7 +60,8 @@ class ScaleByBackmatchState(NamedTuple):
       {'fc1': 0.625, 'fc2': 2.0}
     """
 
-    layer_scales: dict[str, jax.Array]  # by path; shape=(), dtype=jnp.float32
+    # By path; dtype=jnp.float32, shape=(), or (n,) inside a `spec.Repeat`.
+    layer_scales: dict[str, jax.Array]
     other_scales: dict[str, jax.Array] | tuple[()] = ()  # of parameters, as above
     computed: jax.Array | tuple[()] = ()  # shape=(), dtype=jnp.bool
 
@@ -286,23 +289,23 @@ def _by_layer(
     if not isinstance(refresh, bool):
         raise ValueError(f"refresh (={refresh!r}) must be True or False")
 
-    def state_with(one: Callable[[], Any], sites: Sequence[Site] | None) -> Any:
-        layers = {path: one() for path in spec.paths}
+    def state_with(one: Callable[[Shape], Any], sites: Sequence[Site] | None) -> Any:
+        layers = {path: one(shape) for path, shape in stacks(spec.layers)}
         if refresh:
             return ScaleByBackmatchState(layers)
         # Where there are no parameters, one leaf stands for the dict.
-        others: Any = one()
+        others: Any = one(())
         if sites is not None:
             mains = main_paths(sites).values()
-            paths = (path for path, _, _ in scaled_params(sites))
-            others = {path: one() for path in paths if path not in mains}
+            shapes = {path: site.stacked for path, site, _ in scaled_params(sites)}
+            others = {p: one(shape) for p, shape in shapes.items() if p not in mains}
         return ScaleByBackmatchState(layers, others, jnp.zeros((), bool))
 
     def init_fn(params: optax.Params) -> ScaleByBackmatchState:
         # A tree without leaves has nothing to check: optax.tree.map_params passes one.
         empty = is_leafless(params)
         sites = None if empty else locate(spec, params, unlisted=unlisted)
-        return state_with(lambda: jnp.ones((), jnp.float32), sites)
+        return state_with(lambda shape: jnp.ones(shape, jnp.float32), sites)
 
     def update_fn(
         updates: optax.Updates,
@@ -325,7 +328,7 @@ def _by_layer(
             )
 
         sites = walked() if refresh else locate(spec, params, unlisted=unlisted)
-        check_state(state, state_with(lambda: 0, sites))
+        check_state(state, state_with(np.zeros, sites))
         mains = main_paths(sites)
 
         def kept() -> Any:

@@ -254,6 +254,7 @@ def _locate_links(
     shape: Shape,
     source: str,
     paths: ParamPaths,
+    stacked: Shape = (),
 ) -> list[Site]:
     sites = []
     for index, link in enumerate(links):
@@ -263,21 +264,30 @@ def _locate_links(
         name = f"{label} ({place})" if path else f"{place}, {link!r}"
         with _naming(name, f"{source} has shape {shape}"):
             params = {} if path is None else _claim(link, path, paths)
+            _check_stack(params, stacked)
+        inner = (*stacked, link.n) if isinstance(link, _spec.Repeat) else stacked
         arms = {
-            arm: _locate_links(chain, f"{place}.{arm}", shape, source, paths)
+            arm: _locate_links(chain, f"{place}.{arm}", shape, source, paths, inner)
             for arm, chain in link.arms.items()
         }
         with _naming(name, f"{source} has shape {shape}"):
             # A Block's parameters are nested, and it declares its output itself.
             leaves = {} if link.owns_subtree else params
-            shapes = {role: jnp.shape(leaf) for role, leaf in leaves.items()}
+            shapes = {
+                role: jnp.shape(leaf)[len(stacked) :] for role, leaf in leaves.items()
+            }
             if arms:
                 after = link.joined_shape(
                     {arm: s[-1].output_shape if s else shape for arm, s in arms.items()}
                 )
             else:
                 after = link.shape_after(shape, shapes)
-        site = Site(link, label, shape, after, params, arms)
+            if isinstance(link, _spec.Repeat) and after != shape:
+                raise ValueError(
+                    f"its chain puts out shape {after}, but each of its {link.n} "
+                    "layers takes what the one before puts out"
+                )
+        site = Site(link, label, shape, after, params, arms, stacked)
         if path is not None:
             first = paths.first_uses.setdefault(path, site)
             if first is not site:
@@ -286,6 +296,18 @@ def _locate_links(
         sites.append(site)
         shape, source = after, f"the output of {name}"
     return sites
+
+
+def _check_stack(params: Mapping[Any, Any], stacked: Shape) -> None:
+    """Raises `ValueError` where a parameter lacks the axes of the layers."""
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
+        shape = jnp.shape(leaf)
+        if shape[: len(stacked)] != stacked:
+            expected = ", ".join(map(str, (*stacked, "...")))
+            raise ValueError(
+                f"its {text(key_path)} has shape {shape}, but expected ({expected}): "
+                "an entry for each layer of a Repeat along the first axis"
+            )
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import numpy as np
 
 from backmatch_optax.numerics import checked_count
 from backmatch_optax.parameters import listed, text
+from backmatch_optax.text import by_entry
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -36,6 +37,7 @@ def plot_scales(
 
     Args:
       scales: what `optax.tree.get(opt_state, "layer_scales")` gave, step after step.
+        Each layer of a `spec.Repeat` has a line of its own.
       steps: the step of each of them; by default they are counted from 1.
       layers: the layers to draw, input to output, such as `chain.paths`. By default all
         of them, with `Dense_2` before `Dense_10`.
@@ -61,6 +63,10 @@ def plot_scales(
         raise ValueError("scales must hold at least one dict of scales by layer")
     if steps is None:
         steps = range(1, len(scales) + 1)
+    if layers is not None:
+        stacks = {layer: scales[0].get(layer, 0.0) for layer in layers}
+        layers = [name for layer in layers for name in by_entry(layer, stacks[layer])]
+    scales = [_flat(by_layer) for by_layer in scales]
     if len(steps) != len(scales):
         raise ValueError(
             f"steps has {len(steps)} entries, but scales has {len(scales)}"
@@ -72,7 +78,7 @@ def plot_scales(
                 f"step {step} has no scale of {listed(missing)}, but of "
                 + listed(by_layer)
             )
-    table = np.array([[float(s[layer]) for layer in layers] for s in scales])
+    table = np.array([[s[layer] for layer in layers] for s in scales])
     height = max(3.0, 1.2 + 0.22 * len(layers))
     figure, (over_steps, over_layers) = plt.subplots(
         1, 2, figsize=(9, height), layout="constrained"
@@ -218,6 +224,12 @@ def plot_coordinates(
     lines, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right center", frameon=False)
     return figure
+
+
+def _flat(scales: Mapping[str, Any]) -> dict[str, float]:
+    """Scales by layer, those of a stack one by one."""
+    named = (by_entry(layer, values) for layer, values in scales.items())
+    return {name: scale for entries in named for name, scale in entries.items()}
 
 
 def _named(outputs: Any) -> dict[str, np.ndarray]:

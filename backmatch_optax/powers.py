@@ -189,6 +189,30 @@ def _made(
     return Positive(0.0, {Atom(pair, floor=floor, floored=floored): 1})
 
 
+class Packed(NamedTuple):
+    """A number as arrays, which a loop can carry."""
+
+    pair: Pair
+    floored: Pair  # where it is divided by
+
+
+# What is less than anything: an infinitesimal of an order that no product reaches.
+ABSENT = Positive(0.0, {Atom((np.float32(0), np.float32(1e6))): 1})  # pyright: ignore
+
+
+def packed(value: Positive, dtype: jnp.dtype) -> Packed:
+    """A number as arrays of a dtype; what is inside cannot cancel any more."""
+    pair = _one(_product(value))
+    has_floor = any(atom.has_floor for atom in value.powers)
+    floored = _one(_product(value, floored_where=1)) if has_floor else pair
+    return jax.tree.map(lambda part: part.astype(dtype), Packed(pair, floored))
+
+
+def unpacked(arrays: Packed, *, floor: jax.typing.ArrayLike | None = None) -> Positive:
+    """The number again, as one atom; with a floor, sums with it count as norms."""
+    return _made(arrays.pair, floor=floor, floored=arrays.floored)
+
+
 def share(
     part: Positive, rest: float, *, floor: jax.typing.ArrayLike | None = None
 ) -> Positive:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from backmatch_optax.parameters import (
     refuse_parts,
     text,
 )
-from backmatch_optax.powers import Positive, finite_exp, log_vector, number, separate
+from backmatch_optax.powers import finite_exp, number, separate
 from backmatch_optax.spec.link import Site
 
 # It matters where training starts from zeros, a zero-initialised head or last BatchNorm
@@ -145,7 +144,7 @@ def walk(
                 f"{text(path)!r} is a ShapeDtypeStruct, but scales need concrete "
                 "arrays; check_spec does with shapes"
             )
-    for site in every(sites):
+    for site in recursion.every(sites):
         site.mean_field = gains == "mean_field"
         site.norm_floor = norm_floor
     # The input counts as whitened, and the derivative of the loss with respect to the
@@ -178,15 +177,8 @@ def check_options(
         check_number("limit", limit, least=1)
 
 
-def every(sites: Sequence[Site]) -> Iterator[Site]:
-    """The sites and those inside them, input to output."""
-    for site in sites:
-        yield site
-        for arm in site.arms.values():
-            yield from every(arm)
-
-
-def _path(site: Site) -> str:
+def path_of(site: Site) -> str:
+    """The path of a link that has parameters."""
     link: Any = site.link
     return link.path
 
@@ -194,8 +186,8 @@ def _path(site: Site) -> str:
 def main_path(site: Site) -> str:
     """The path of the parameter whose scale stands for a layer; of a Block its own."""
     if site.link.owns_subtree:
-        return _path(site)
-    return join(_path(site), next(iter(site.params)))
+        return path_of(site)
+    return join(path_of(site), next(iter(site.params)))
 
 
 def _owns_params(site: Site) -> bool:
@@ -204,11 +196,8 @@ def _owns_params(site: Site) -> bool:
 
 def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:
     """Path, site and role of all that has a scale; a Block is one, with the role ""."""
-    for site in filter(_owns_params, every(sites)):
-        if site.link.owns_subtree:
-            yield _path(site), site, ""
-        else:
-            yield from ((join(_path(site), role), site, role) for role in site.params)
+    for site, role in recursion.scaled_roles(sites):
+        yield join(path_of(site), role), site, role
 
 
 def _leaves(site: Site, role: str) -> list[Any]:
@@ -220,21 +209,36 @@ def scale_of_params(
     sites: Sequence[Site], normalize: bool, limit: jax.typing.ArrayLike | None
 ) -> dict[str, jax.Array]:
     """The scale of every declared parameter by its path; of a Block by the block's."""
-    numbers: dict[str, Positive] = {}
-    leaves: dict[str, list[Any]] = {}
-    for path, site, role in scaled_params(sites):
-        numbers[path] = recursion.scale(site, role)
-        leaves[path] = _leaves(site, role)
-    dtype = wide(*(leaf.dtype for leaf in itertools.chain(*leaves.values())))
-    logs = log_vector(list(numbers.values()), dtype, floored=True)
+    found = {path: (site, role) for path, site, role in scaled_params(sites)}
+    single = [path for path, (site, _) in found.items() if not site.stacked]
+    stacked = [path for path, (site, _) in found.items() if site.stacked]
+    leaves = [leaf for place in found.values() for leaf in _leaves(*place)]
+    dtype = wide(*(leaf.dtype for leaf in leaves))
+    logs, of_layers = recursion.log_scales([*found.values()], dtype)
+    if stacked:  # the scales of all layers behind the others
+        logs = jnp.concatenate([logs, *map(jnp.ravel, of_layers)])
+    counts = [math.prod(found[path][0].stacked) for path in stacked]
     if normalize:
-        logs = _over_their_mean(
-            logs, [sum(leaf.size for leaf in below) for below in leaves.values()]
-        )
+        sizes = [_size(*found[path]) for path in single]
+        for path, count in zip(stacked, counts, strict=True):
+            sizes += [_size(*found[path])] * count
+        logs = _over_their_mean(logs, sizes)
     scales = finite_exp(logs)
     if normalize:
         scales = within(limit, scales)
-    return dict(zip(numbers, separate(scales), strict=True))
+    if not stacked:
+        return dict(zip(single, separate(scales), strict=True))
+    alone, *of_layers = jnp.split(scales, np.cumsum([len(single), *counts[:-1]]))
+    by_path = dict(zip(single, separate(alone), strict=True))
+    for path, entries in zip(stacked, of_layers, strict=True):
+        by_path[path] = entries.reshape(found[path][0].stacked)
+    return {path: by_path[path] for path in found}
+
+
+def _size(site: Site, role: str) -> int:
+    """How many coordinates share a scale."""
+    size = sum(leaf.size for leaf in _leaves(site, role))
+    return size // math.prod(site.stacked)
 
 
 def steps_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
@@ -247,8 +251,8 @@ def steps_of_params(sites: Sequence[Site]) -> dict[str, jax.Array]:
     size_out = sites[-1].size_out if sites else 1
     steps = {}
     for path, site, role in scaled_params(sites):
-        size = sum(leaf.size for leaf in _leaves(site, role))
-        steps[path] = jnp.sqrt(scales[path]) * math.sqrt(size_out / size)
+        share = math.sqrt(size_out / _size(site, role))
+        steps[path] = jnp.sqrt(scales[path]) * share
     return steps
 
 
@@ -268,8 +272,8 @@ def _over_their_mean(logs: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 def main_paths(sites: Sequence[Site]) -> dict[str, str]:
     """By layer, the path of the parameter whose scale stands for it."""
-    owners = filter(_owns_params, every(sites))
-    return {_path(site): main_path(site) for site in owners}
+    owners = filter(_owns_params, recursion.every(sites))
+    return {path_of(site): main_path(site) for site in owners}
 
 
 def scaled_updates(
@@ -315,10 +319,13 @@ def check_state(state: Any, expected: Any) -> None:
 
     Args:
       state: what `update` was given.
-      expected: a state for the same parameters; its leaves may be anything.
+      expected: a state for the same parameters; its leaves may be anything of the same
+        shapes.
     """
     if jax.tree.structure(state) == jax.tree.structure(expected):
-        return
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+        if all(jnp.shape(found) == jnp.shape(wanted) for found, wanted in pairs):
+            return
     kind = type(expected).__name__
     scales = getattr(state, "layer_scales", None)
     found = f"has those of {listed(scales)}" if isinstance(scales, dict) else "has none"

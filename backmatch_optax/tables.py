@@ -13,18 +13,18 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted
 from backmatch_optax.powers import Positive, evaluate
+from backmatch_optax.recursion import every
 from backmatch_optax.scales import (
     LIMIT,
     NORM_FLOOR,
     check_options,
-    every,
     main_path,
     scale_of_params,
     walk,
 )
 from backmatch_optax.spec.link import Site
 from backmatch_optax.spec.windows import shape_text
-from backmatch_optax.text import aligned
+from backmatch_optax.text import aligned, by_entry
 
 _HEADER = ("layer", "path", "kernel", "output", "positions", "q", "m", "scale")
 
@@ -51,6 +51,9 @@ def describe(
     * `m`: the backward factor at its output;
     * `scale`: what the gradient of its first parameter is multiplied by:
       `1 / (m * m_W)`, divided by the mean of all with `normalize`.
+
+    Inside a `Repeat` a row is that of all layers: it has the least and the largest
+    scale, and neither `q` nor `m`.
 
     Below the table stand the links whose rule may be far off in this chain, and why.
 
@@ -120,19 +123,24 @@ def _rows(
         scale = kernel = ""
         if site.params:
             role = next(iter(site.params))
-            scale = f"{float(scales[main_path(site)]):.4g}"
+            figures = by_entry("", scales[main_path(site)]).values()
+            scale = " to ".join(
+                f"{f:.4g}" for f in sorted({min(figures), max(figures)})
+            )
             if link.owns_subtree:
                 kernel = f"{len(jax.tree.leaves(site.params))} arrays"
             else:
                 kernel = shape_text(jnp.shape(site.params[role]))
+        if isinstance(link, _spec.Repeat):
+            kernel = f"{link.n} layers"
         yield (
             indent + type(link).__name__,
             getattr(link, "path", None) or "",
             kernel,
             shape_text(site.output_shape),
             str(site.positions_out),
-            _figure(site.q),
-            _figure(site.m),
+            "" if site.stacked else _figure(site.q),
+            "" if site.stacked else _figure(site.m),
             scale,
         )
         for arm, chain in site.arms.items():

@@ -342,3 +342,21 @@ def test_learning_rates_may_be_traced():
     for index, rate in enumerate(rates):
         alone = jax.tree.map(lambda leaf, i=index: leaf[i], both)
         chex.assert_trees_all_close(alone, step(rate), rtol=1e-5)
+
+
+def test_each_layer_of_a_stack_keeps_its_own_norm():
+    links = [spec.Dense("layers"), spec.BatchNorm(), spec.Activation("relu")]
+    net = spec.LayerChain([spec.Repeat(links, 3), spec.Dense("fc")], input_shape=(4,))
+    key = jax.random.key(0)
+    stack = (
+        jax.random.normal(key, (3, 4, 4)) * jnp.array([1.0, 2.0, 3.0])[:, None, None]
+    )
+    params: Any = {"layers": {"kernel": stack}, "fc": {"kernel": jnp.eye(4)}}
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, net, normalize=False), net)
+    state, norms = tx.init(params), jnp.linalg.norm(stack, axis=(1, 2))
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.cos, params), state, params)
+        params = optax.apply_updates(params, updates)
+    kept = jnp.linalg.norm(params["layers"]["kernel"], axis=(1, 2))
+    np.testing.assert_allclose(kept, norms, 1e-6)
+    assert not np.allclose(params["layers"]["kernel"], stack, 1e-2)

@@ -106,6 +106,118 @@ def test_a_layer_is_what_layer_of_says():
     assert names(layer_of=lambda path: "net") == ["net"]
 
 
+def stacked_mlp(params, x):
+    def layer(x, kernel):
+        return jnp.tanh(x @ kernel), None
+
+    x, _ = jax.lax.scan(layer, x, params["layers"]["kernel"])
+    return x @ params["head"]["kernel"]
+
+
+def stacked_params(count):
+    kernels = [*mlp_params((4,) * (count + 1)).values()]
+    stack = jnp.stack([2.0 ** (k % 2) * of["kernel"] for k, of in enumerate(kernels)])
+    return {"layers": {"kernel": stack}, "head": {"kernel": jnp.eye(4)}}
+
+
+def test_each_layer_of_a_stack_is_measured_by_itself():
+    params, x = stacked_params(3), jax.random.normal(KEY, (16, 4))
+    options: Any = {"key": KEY, "num_probes": 8}
+    found = bmo.measure_layer_scales(
+        stacked_mlp, params, x, stacked=["layers"], **options
+    )
+    apart = {
+        f"fc{k}": {"kernel": of} for k, of in enumerate(params["layers"]["kernel"])
+    }
+    apart["fc3"] = params["head"]
+    expected = bmo.measure_layer_scales(mlp, apart, x, **options)
+    for got, wanted in zip(found, expected, strict=True):
+        *layers, head = wanted.values()
+        chex.assert_trees_all_close(got, {"head": head, "layers": jnp.stack(layers)})
+
+
+def test_training_measures_each_layer_of_a_stack_by_itself():
+    params, x = stacked_params(3), jax.random.normal(KEY, (16, 4))
+    apart = {
+        f"fc{k}": {"kernel": of} for k, of in enumerate(params["layers"]["kernel"])
+    }
+    apart["fc3"] = params["head"]
+    stack = bmo.scale_by_measured_backmatch(
+        key=KEY, stacked=["layers"], refresh_every=2
+    )
+    single = bmo.scale_by_measured_backmatch(key=KEY, refresh_every=2)
+    state: Any = stack.init(params)
+    other = single.init(apart)
+    updates: Any = None
+    wanted: Any = None
+    assert state.layer_scales["layers"].shape == (3,)
+    shapes = jax.tree.map(jnp.shape, state)
+    for _ in range(3):
+        updates, state = stack.update(
+            params, state, params, outputs_fn=lambda p: stacked_mlp(p, x)
+        )
+        wanted, other = single.update(
+            apart, other, apart, outputs_fn=lambda p: mlp(p, x)
+        )
+    assert jax.tree.map(jnp.shape, state) == shapes
+    kernels = [of["kernel"] for of in wanted.values()]
+    chex.assert_trees_all_close(updates["layers"]["kernel"], jnp.stack(kernels[:-1]))
+    chex.assert_trees_all_close(updates["head"]["kernel"], kernels[-1])
+
+
+def test_stacks_in_stacks_are_measured_layer_by_layer():
+    params = {"outer": {"inner": {"kernel": jnp.ones((3, 2, 4))}}}
+
+    def fn(params, x):
+        return x * params["outer"]["inner"]["kernel"].sum()
+
+    stacked = ["outer", "outer/inner"]
+    scales = bmo.measure_layer_scales(
+        fn, params, jnp.ones((2, 1)), key=KEY, stacked=stacked
+    ).layer_scales
+    assert scales["outer/inner"].shape == (3, 2)
+    assert jnp.ptp(scales["outer/inner"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("stacked", "message"),
+    [
+        (["layer"], "stacked: no parameter at 'layer'. Available"),
+        (
+            ["layers", "layers", "layers", "layers"],
+            r"'layers/kernel' of shape \(3, 4, 4\)",
+        ),
+        ([""], r"'layers/kernel' .* same length as all of 'net'"),
+    ],
+)
+def test_a_stack_that_is_none_is_refused(stacked, message):
+    with pytest.raises(ValueError, match=message):
+        bmo.measure_layer_scales(
+            stacked_mlp,
+            stacked_params(3),
+            jnp.ones((2, 4)),
+            key=KEY,
+            stacked=stacked,
+            layer_of=lambda path: "net",
+        )
+
+
+def test_compared_scales_of_a_stack_are_named_by_layer():
+    params, x = stacked_params(2), jax.random.normal(KEY, (256, 4))
+
+    def wrong(params, x):
+        x = x @ params["layers"]["kernel"][0]
+        return 9 * x @ params["layers"]["kernel"][1] @ params["head"]["kernel"]
+
+    links = [spec.Repeat([spec.Dense("layers")], 2), spec.Dense("head")]
+    chain = spec.LayerChain(links, input_shape=(4,))
+    compared = bmo.compare_scales(chain, params, wrong, x, key=KEY)
+    assert [*compared.ratios] == ["layers[0]", "layers[1]", "head"]
+    assert all(ratio > 9 for ratio in compared.ratios.values())
+    assert "layers[1]" in str(compared)
+    assert [*compared.suspects] == ["head"]
+
+
 def test_a_layer_that_no_gradient_reaches_has_an_infinite_scale():
     params = mlp_params((4, 4, 2))
     params["fc1"]["kernel"] *= 0

@@ -83,6 +83,16 @@ def test_layers_are_ordered_by_their_numbers_and_steps_may_be_given():
     assert np.array_equal(over_steps.lines[0].get_xdata(), [100, 200])
 
 
+def test_each_layer_of_a_stack_has_a_line():
+    log = [{"layers": np.array([1.0, 2.0]), "head": 3.0}] * 2
+    for layers in (None, ["layers", "head"]):
+        over_steps, over_layers = plots.plot_scales(log, layers=layers).axes
+        names = [label.get_text() for label in over_layers.get_yticklabels()]
+        assert sorted(names) == ["head", "layers[0]", "layers[1]"]
+        assert len(over_steps.lines) == 3
+    assert names == ["layers[0]", "layers[1]", "head"]
+
+
 def test_scales_over_many_orders_of_magnitude_have_few_marks():
     figure = plots.plot_scales([{"a": 1e-6, "b": 1e6}])
     figure.draw_without_rendering()

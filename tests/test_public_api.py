@@ -68,6 +68,7 @@ LINKS = {
     "PReLU": ["path"],
     "RMSNorm": ["path"],
     "Reshape": ["shape"],
+    "Repeat": ["chain", "n"],
     "Residual": ["branch", "shortcut"],
     "Resize": ["shape"],
     "Scale": ["factor"],

@@ -442,6 +442,9 @@ class Links:
     def _join(self, step: Step) -> None:
         """Adds the link in which several signals meet."""
         node, source = step.node, step.source
+        if step.joins == "repeat":
+            self._repeat(step)
+            return
         if step.heads is None and source.op != "inputs":
             self.become(source.shape[1:], node)
         sides = [
@@ -481,6 +484,23 @@ class Links:
             raise Unknown(node, f"{type(link).__name__}: {error}") from None
         self._put(link, after)
         self.axes = self._divided(node, node.shape) if axes is None else axes
+
+    def _repeat(self, step: Step) -> None:
+        """Adds layers with stacked parameters."""
+        node, (end,), (arm,) = step.node, step.ends, step.arms
+        self.become(step.source.shape[1:], node)
+        params = {path: shape[1:] for path, shape in self.context.params.items()}
+        layer = Links(dataclasses.replace(self.context, params=params), self.shape)
+        for inner in arm:
+            layer.add(inner)
+        if layer.padding:
+            raise Unknown(node, "padding is followed by no convolution")
+        layer.become(end.shape[1:], node)  # as the next layer takes it
+        try:
+            link = _spec.Repeat(layer.links, node.options["length"])
+        except ValueError as error:
+            raise Unknown(node, str(error)) from None
+        self._put(link, self.shape)
 
     def _side(self, arm: Sequence[Step], end: Node, step: Step) -> Links:
         """The links of one arm; the first is `Input` where it has its own input."""

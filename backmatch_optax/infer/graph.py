@@ -13,7 +13,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend as jex
@@ -56,6 +56,7 @@ class Node:
       depth: how many dominators there are above.
       parts: of a concatenation, what it is of, another concatenation first; empty where
         these are its operands.
+      body: of a scan, what `layer` found.
     """
 
     op: str
@@ -75,6 +76,7 @@ class Node:
     dominator: Node | None = None
     depth: int = 0
     parts: tuple[Node, ...] = ()
+    body: Node | None = None
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -157,6 +159,69 @@ def _read(
             _shorten(results[0], joined)
         env.update(zip(eqn.outvars, results, strict=True))
     return list(map(look_up, jaxpr.outvars))
+
+
+class Loop(NamedTuple):
+    """What a scan is given."""
+
+    shared: tuple[Node, ...]  # the same in each turn
+    carried: tuple[Node, ...]
+    stacked: tuple[Node, ...]  # an entry for each turn, along the first axis
+
+
+def loop(node: Node) -> Loop:
+    """The operands of a scan by what they are for."""
+    inner, outer = _body(node), node.eqn
+    # JAX keeps the counts in ways that change; what is stacked has one more axis.
+    stacked = _longer(outer.invars, inner.invars)
+    carried = len(outer.outvars) - _longer(outer.outvars, inner.outvars)
+    last = len(node.operands) - stacked
+    first = last - carried
+    operands = node.operands
+    return Loop(operands[:first], operands[first:last], operands[last:])
+
+
+def _body(node: Node) -> Any:
+    closed = node.options["jaxpr"]
+    return getattr(closed, "jaxpr", closed)
+
+
+def _longer(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    pairs = zip(outer, inner, strict=True)
+    return sum(o.aval.ndim > i.aval.ndim for o, i in pairs)
+
+
+def layer(node: Node) -> Node:
+    """What a scan makes of its signal in one of the layers it walks.
+
+    Args:
+      node: a result of a scan over the layers of a model: a signal goes in and comes
+        out of each, and all else is stacked or the same for all.
+
+    Returns:
+      The signal after one layer. It depends on the signal that enters the scan as if
+      that entered the layer, and on parameters of the shape that a layer has.
+    """
+    if node.body is None:
+        given = loop(node)
+        carried = [_of_a_layer(operand, operand.shape) for operand in given.carried]
+        carried[node.result] = given.carried[node.result]
+        stacked = [_of_a_layer(operand, operand.shape[1:]) for operand in given.stacked]
+        arguments, place = (
+            (*given.shared, *carried, *stacked),
+            (node.scope, node.source),
+        )
+        consts = getattr(node.options["jaxpr"], "consts", ())
+        node.body = _read(_body(node), consts, arguments, *place, {})[node.result]
+    return node.body
+
+
+def _of_a_layer(node: Node, shape: tuple[int, ...]) -> Node:
+    """A leaf that stands for what each layer is given of a value."""
+    if node.path:
+        return leaf(node.op, node.path, shape, node.dtype)
+    origins = node.origins or frozenset({"array"})
+    return Node("array", shape=shape, dtype=node.dtype, origins=origins)
 
 
 def _shorten(node: Node, joined: dict[Any, Node]) -> None:

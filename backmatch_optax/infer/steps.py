@@ -212,6 +212,13 @@ class _Cutter:
         try:
             arms = [self.steps(end, step.source) for end in step.ends]
         except Unknown as unknown:
+            if step.joins == "repeat":
+                module = graph.module_path(unknown.node.scope)
+                place = f"module {module!r}" if module else "a layer"
+                raise Unknown(
+                    step.node,
+                    f"{step.node.op} repeats {place}, where {unknown.reason}",
+                ) from None
             if unknown.block is None:
                 raise
             raise Unknown(step.node, unknown.reason, unknown.block) from None

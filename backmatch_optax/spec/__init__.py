@@ -36,6 +36,7 @@ from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
 from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from backmatch_optax.spec.pool import AvgPool, Flatten, GlobalAvgPool, MaxPool
+from backmatch_optax.spec.repeat import Repeat
 from backmatch_optax.spec.reshape import Reshape, Resize, Slice, Transpose
 from backmatch_optax.spec.softmax import LogSoftmax, Softmax
 
@@ -71,6 +72,7 @@ __all__ = [
     "PReLU",
     "Positive",
     "RMSNorm",
+    "Repeat",
     "Reshape",
     "Residual",
     "Resize",

@@ -8,6 +8,7 @@ from typing import Any
 
 from backmatch_optax.spec.composite import Outputs
 from backmatch_optax.spec.link import Link, checked_links, with_paths
+from backmatch_optax.spec.repeat import stacks
 from backmatch_optax.spec.windows import checked_shape
 
 
@@ -63,7 +64,13 @@ class LayerChain:
                     f"spec.Tied([{link}])."
                 )
             owners[link.path] = link
+        stacked = {path for path, stack in stacks(self.layers) if stack}
         for link in with_paths(self.layers, declared=False):
+            if link.path in stacked:
+                raise ValueError(
+                    f"LayerChain: {link} is Tied, but the parameters at {link.path!r} "
+                    "are those of several layers of a Repeat"
+                )
             if link.path not in owners:
                 raise ValueError(
                     f"LayerChain: {link} is Tied, but no other layer declares the path "

@@ -38,6 +38,7 @@ class Site:
     output_shape: Shape
     params: Mapping[str, Any]  # by role, "kernel"; a Block's are nested dicts
     arms: Mapping[str, list[Site]]  # of a link that holds chains itself
+    stacked: Shape = ()  # axes before the parameters' own, one for each Repeat around
     mean_field: bool = False  # exact Gaussian gains instead of the papers'
     norm_floor: jax.typing.ArrayLike = 0.0  # the least a norm counts as below a line
     centred: bool = False  # whether cotangents at the output have mean zero
@@ -50,6 +51,11 @@ class Site:
     n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
     # All uses, of parameters that are used more than once.
     uses: list[Site] = dataclasses.field(default_factory=list)
+    # By role: sums of squares that are known from elsewhere.
+    squares: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+    # By role, of stacked parameters: the logs of the scales of all layers.
+    log_scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    climbed: Any = None  # of a Repeat: what the walk up leaves for the walk down
     _known: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -107,8 +113,12 @@ class Site:
         leaf, floor = self.params[role], self.norm_floor
         count = leaf.shape[-1] if leaf.ndim else 1
         return self.once(
-            role, lambda: measured(_sum_of_squares(leaf), count=count, floor=floor)
+            role, lambda: measured(self._squares(role), count=count, floor=floor)
         )
+
+    def _squares(self, role: str) -> jax.Array:
+        known = self.squares.get(role)
+        return _sum_of_squares(self.params[role]) if known is None else known
 
     def once(self, name: str, compute: Callable[[], _Known]) -> _Known:
         """Measured numbers of this site, the same atoms every time: they can cancel.

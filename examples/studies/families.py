@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -164,6 +165,37 @@ class LinenGpt(nn.Module):
             y = nn.LayerNorm()(x)
             x = x + nn.Dense(32)(nn.silu(nn.Dense(64)(y)) * nn.Dense(64)(y))
         return embed.attend(nn.LayerNorm()(x))
+
+
+class GptLayer(nn.Module):
+    """A layer of `ScannedGpt`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """What it makes of a batch, and nothing beside it."""
+        y = nn.LayerNorm()(x)
+        x = x + nn.MultiHeadDotProductAttention(4)(y, mask=mask)
+        x = x + nn.Dense(32)(nn.gelu(nn.Dense(128)(nn.LayerNorm()(x))))
+        return x, None
+
+
+class ScannedGpt(nn.Module):
+    """A decoder whose layers are one, scanned over stacked parameters."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Embed(64, 32)(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.3), (1, 16, 32))
+        layers: Any = nn.scan(
+            nn.remat(GptLayer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,  # pyright: ignore
+            length=6,
+        )
+        x, _ = layers(name="layers")(x, nn.make_causal_mask(tokens))
+        return nn.Dense(64)(nn.LayerNorm()(x))
 
 
 class NnxGpt(nnx.Module):

@@ -44,6 +44,7 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
     "ViT, mean": (families.Vit("mean"), "Linen", (IMAGES,)),
     "GPT, SwiGLU, tied head": (families.LinenGpt(), "Linen", (TOKENS,)),
     "GPT, fused kernel, RMSNorm": (families.NnxGpt, "NNX", (TOKENS,)),
+    "GPT, scanned layers": (families.ScannedGpt(), "Linen", (TOKENS,)),
     "GPT, rotary positions": (families.Rotary(), "Linen", (TOKENS,)),
     "two towers": (families.TwoTowers(), "Linen", (IMAGES, TOKENS)),
     "actor and critic": (families.ActorCritic(), "Linen", (IMAGES,)),

@@ -357,21 +357,6 @@ def scales(chain: spec.LayerChain, params: Any) -> dict[str, jax.Array]:
     return bmo.layer_scales(chain, params, normalize=False)
 
 
-class Stacked(nn.Module):
-    """One of the layers of a scan."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return nn.relu(nn.Dense(6, name="d")(x)), None
-
-
-def scanned(_: nn.Module, x: jax.Array) -> jax.Array:
-    kinds: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-    layers: Any = nn.scan(Stacked, length=3, **kinds)
-    x, _ = layers(name="layers")(x, None)
-    return nn.Dense(2, name="head")(x)
-
-
 class Mixing(nn.Module):
     """Weights over positions that are no softmax, between two kernels."""
 
@@ -402,7 +387,6 @@ def mixing(_: nn.Module, x: jax.Array) -> jax.Array:
 def test_blocks_that_errors_name():
     tokens, images = jnp.ones((2, 5, 6)), jnp.ones(IMAGES)
     assert check(mixing, tokens).paths[1:] == ("mix/d", "mix/e", "head")
-    assert check(scanned, tokens).paths == ("layers/d", "head")
     assert check(UNKNOWN["recurrence"][0], tokens).paths == ("LSTMCell_0",)
     assert check(called_twice, tokens).paths == ("waves/Dense_0", "head")
     (link,) = check(lambda _, x: jnp.sin(x), images).layers
