@@ -15,9 +15,8 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.measured import measure_layer_scales
 from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted, listed, locate
-from backmatch_optax.recursion import every
 from backmatch_optax.scales import layer_scales, main_path, path_of
-from backmatch_optax.spec.link import Site
+from backmatch_optax.spec.link import Site, every
 from backmatch_optax.text import aligned, indexed
 
 

@@ -24,7 +24,7 @@ from backmatch_optax.parameters import (
     text,
 )
 from backmatch_optax.powers import finite_exp, number, separate
-from backmatch_optax.spec.link import Site
+from backmatch_optax.spec.link import Site, every, scaled_roles
 
 # It matters where training starts from zeros, a zero-initialised head or last BatchNorm
 # of a residual branch: what lies behind is scaled by the norm's reciprocal while its
@@ -144,7 +144,7 @@ def walk(
                 f"{text(path)!r} is a ShapeDtypeStruct, but scales need concrete "
                 "arrays; check_spec does with shapes"
             )
-    for site in recursion.every(sites):
+    for site in every(sites):
         site.mean_field = gains == "mean_field"
         site.norm_floor = norm_floor
     # The input counts as whitened, and the derivative of the loss with respect to the
@@ -196,7 +196,7 @@ def _owns_params(site: Site) -> bool:
 
 def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:
     """Path, site and role of all that has a scale; a Block is one, with the role ""."""
-    for site, role in recursion.scaled_roles(sites):
+    for site, role in scaled_roles(sites):
         yield join(path_of(site), role), site, role
 
 
@@ -272,7 +272,7 @@ def _over_their_mean(logs: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 def main_paths(sites: Sequence[Site]) -> dict[str, str]:
     """By layer, the path of the parameter whose scale stands for it."""
-    owners = filter(_owns_params, recursion.every(sites))
+    owners = filter(_owns_params, every(sites))
     return {path_of(site): main_path(site) for site in owners}
 
 

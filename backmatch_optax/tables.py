@@ -13,7 +13,6 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted
 from backmatch_optax.powers import Positive, evaluate
-from backmatch_optax.recursion import every
 from backmatch_optax.scales import (
     LIMIT,
     NORM_FLOOR,
@@ -22,7 +21,7 @@ from backmatch_optax.scales import (
     scale_of_params,
     walk,
 )
-from backmatch_optax.spec.link import Site
+from backmatch_optax.spec.link import Site, every
 from backmatch_optax.spec.windows import shape_text
 from backmatch_optax.text import aligned, by_entry
 

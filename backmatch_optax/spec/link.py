@@ -132,6 +132,23 @@ class Site:
         return self._known[name]
 
 
+def every(sites: Sequence[Site]) -> Iterator[Site]:
+    """The sites and those inside them, input to output."""
+    for site in sites:
+        yield site
+        for arm in site.arms.values():
+            yield from every(arm)
+
+
+def scaled_roles(sites: Sequence[Site]) -> Iterator[tuple[Site, str]]:
+    """Site and role of all that has a scale; a Block is one, with the role ""."""
+    for site in every(sites):
+        if site.params and site.link.owns_subtree:
+            yield site, ""
+        else:
+            yield from ((site, role) for role in site.params)
+
+
 @jax.jit  # traced once for every shape
 def _sum_of_squares(leaf: jax.Array) -> jax.Array:
     # At least float32: squares overflow float16 from 256 on. One plain reduction over
