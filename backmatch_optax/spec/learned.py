@@ -42,6 +42,11 @@ class _Learned(Link):
         """How many entries the array has."""
         return math.prod(here.params[self.roles[0]].shape)
 
+    def repeated(self, here: Site) -> float:
+        """At how many positions an entry stands."""
+        shape = here.params[self.roles[0]].shape
+        return here.positions_in / max(math.prod(shape[:-1]), 1)
+
     def mean_square(self, here: Site) -> Positive:
         """Of the array's entries."""
         shape = here.params[self.roles[0]].shape
@@ -77,7 +82,8 @@ class LayerScale(_Learned):
         return here.moments * self.mean_square(here)
 
     def m_W(self, here: Site, role: str) -> Positive:
-        return here.q * (here.size_in / self.size(here))
+        times = self.repeated(here)
+        return here.met(here.moments, times) * (here.size_in / self.size(here) / times)
 
     def m_z(self, here: Site) -> Positive:
         return self.mean_square(here)
@@ -113,10 +119,12 @@ class Bias(_Learned):
             return here.moments.with_spread(added)
         # Another number at each position: no mean of a unit.
         before = here.moments
-        return Moments(before.variance + added, before.spread, before.offset)
+        variance = before.variance + added
+        return Moments(variance, before.spread, before.offset, along=before.along)
 
     def m_W(self, here: Site, role: str) -> Positive:
-        return number(here.size_in / self.size(here))
+        times = self.repeated(here)
+        return here.added(times) * (here.size_in / self.size(here) / times)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -99,8 +99,14 @@ class _Normalisation(Link):
 
     def m_W(self, here: Site, role: str) -> Positive:
         # Each entry acts at every position; the bias on a constant one.
-        unit = self.unit(here) if role == "scale" else number(1.0)
-        return unit * here.positions_out
+        if role == "bias":
+            return here.added(here.positions_out)
+        remaining = self.remaining(here)
+        return (
+            self.unit(here)
+            * here.met(remaining, here.positions_out)
+            / (remaining.variance if here.centred else remaining.q)
+        )
 
     def m_z(self, here: Site) -> Positive:
         # BM (36), LH (24): signal and gradient are divided by the same deviation.
@@ -131,10 +137,14 @@ class BatchNorm(_Normalisation):
 
     def remaining(self, here: Site) -> Moments:
         # A unit's variance over the batch: with the papers' gains all of `q`.
-        return Moments(here.moments.variance)
+        return Moments(here.moments.variance, along=here.moments.along)
 
     def centres(self, centred: bool) -> bool:
         del centred
+        return True
+
+    def divides(self, divided: bool) -> bool:
+        del divided
         return True
 
     def takes_away_norm(self, has_bias: bool) -> bool:
@@ -203,8 +213,9 @@ class GroupNorm(_Normalisation):
         units = here.fan_in // self.num_groups
         spread = here.moments.spread
         if spread is None or units == 1:
-            return Moments(here.moments.variance)
-        return Moments(here.moments.variance, spread * (1.0 - 1.0 / units))
+            return Moments(here.moments.variance, along=here.moments.along)
+        spread = spread * (1.0 - 1.0 / units)
+        return Moments(here.moments.variance, spread, along=here.moments.along)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
