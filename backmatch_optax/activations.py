@@ -135,8 +135,7 @@ def _commons(
     along: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Which part of the variance of outputs, and which share of the squared slopes."""
-    density, nodes = jnp.asarray(_DENSITY, jnp.float32), jnp.asarray(_NODES)
-    nodes = nodes.astype(jnp.float32)
+    density, nodes = jnp.asarray(DENSITY), jnp.asarray(NODES)
 
     def means(apart: jax.Array) -> tuple[jax.Array, ...]:
         """Over what differs, for every value of what is in common."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax.moments import Moments
-from backmatch_optax.powers import Positive, applied, number
+from backmatch_optax.powers import Positive, applied
 from backmatch_optax.spec.composite import Input
 from backmatch_optax.spec.link import (
     Link,

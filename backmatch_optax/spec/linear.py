@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from backmatch_optax.moments import Moments
 from backmatch_optax.numerics import checked_count
-from backmatch_optax.powers import Positive, number
+from backmatch_optax.powers import Positive
 from backmatch_optax.spec.link import Link, Shape, Site, check_path, check_vector
 from backmatch_optax.spec.windows import (
     Padding,

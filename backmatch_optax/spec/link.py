@@ -207,8 +207,8 @@ class Link:
     adds_arms: ClassVar[bool] = False
     declares_arms: ClassVar[bool] = True  # or others declare what they own
     begins: ClassVar[bool] = False  # takes an input of its own, not what lies below
-    # Why scales may be far off, for `describe`; the second with the papers' gains, where
-    # a mean over positions comes later.
+    # Why scales may be far off, for `describe`; the second with the papers' gains,
+    # where a mean over positions comes later.
     approximate: ClassVar[str] = ""
     approximate_below_a_mean: ClassVar[str] = ""
 
