@@ -434,7 +434,9 @@ def _value(leaf: Any, node: Node) -> Any:
     if node.op == "param" and len(node.shape) > 1:
         key = jax.random.key(zlib.crc32(node.path.encode()))  # another for each
         return jax.random.normal(key, node.shape, node.dtype) / math.sqrt(fan_in)
-    return jnp.full(node.shape, name in ("scale", "var"), node.dtype)
+    # A WeightNorm of NNX has its scales in a dict of that name.
+    ones = name in ("scale", "var") or "scales" in node.path.split("/")
+    return jnp.full(node.shape, ones, node.dtype)
 
 
 def _name(module: Any, path: str) -> None:

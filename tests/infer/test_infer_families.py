@@ -36,6 +36,60 @@ def test_what_is_refused_names_a_block_that_works(name):
     assert bmo.infer_spec(model, *inputs, blocks=blocks).layers
 
 
+class WeightNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.WeightNorm(nn.Dense(8))(x)))
+
+
+class SpectralNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.SpectralNorm(nn.Dense(8))(x, update_stats=True)
+        return nn.Dense(3)(nn.relu(x))
+
+
+class ResponseNorm(nn.Module):
+    """As in ConvNeXt V2: features are compared over all positions."""
+
+    @nn.compact
+    def __call__(self, x):
+        gamma = self.param("gamma", nn.initializers.ones, x.shape[-1:])
+        beta = self.param("beta", nn.initializers.zeros, x.shape[-1:])
+        size = jnp.sqrt((x**2).sum((1, 2), keepdims=True))
+        return x + beta + gamma * x * size / (size.mean(-1, keepdims=True) + 1e-6)
+
+
+class NnxWeightNormed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.inner = nnx.WeightNorm(nnx.Linear(4, 8, rngs=rngs), rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.inner(x)))
+
+
+@pytest.mark.parametrize("name", ["weight", "spectral", "response", "nnx weight"])
+def test_transformed_kernels_and_response_norms_name_a_block_that_works(name):
+    model, x = {
+        "weight": (WeightNormed(), jnp.ones((2, 4))),
+        "spectral": (SpectralNormed(), jnp.ones((2, 4))),
+        "response": (
+            nn.Sequential([nn.Dense(8), ResponseNorm(), nn.Dense(3)]),
+            jnp.ones((2, 6, 6, 3)),
+        ),
+        "nnx weight": (
+            nnx.eval_shape(lambda: NnxWeightNormed(nnx.Rngs(0))),
+            jnp.ones((2, 4)),
+        ),
+    }[name]
+    with pytest.raises(ValueError, match="Pass blocks=") as refusal:
+        bmo.infer_spec(model, x)
+    text = str(refusal.value).partition("Pass blocks=")[2].partition(" to make")[0]
+    blocks = eval(text, {"spec": bmo.spec})
+    assert bmo.infer_spec(model, x, blocks=blocks).layers
+
+
 def test_a_table_that_is_cut_anywhere_else_is_no_bias():
     class Later(nn.Module):
         @nn.compact
