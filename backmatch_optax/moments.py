@@ -17,7 +17,7 @@ import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from backmatch_optax.powers import Positive
+from backmatch_optax.powers import Positive, number
 
 Gains = Literal["paper", "mean_field"]
 
@@ -125,13 +125,13 @@ class Moments:
 
         Args:
           kept: that share.
-          rest: `1 - kept`, where that is no number.
+          rest: `1 - kept`, where that is no float.
         """
         variance, along = self.variance * kept, self.along
         if along is not None:
-            gone = rest if rest is not None else 1.0 - kept
-            if not isinstance(gone, float) or gone > 0:
-                variance = variance + along * gone
+            if isinstance(kept, float):
+                rest = number(1.0 - kept) if kept < 1.0 else None
+            variance = variance if rest is None else variance + along * rest
         return Moments(variance, self.spread, self.offset, along=along)
 
     def with_mean_kept(self, share: float) -> Moments:
@@ -149,8 +149,8 @@ class Moments:
 
     def with_spread(self, spread: Positive) -> Moments:
         """The same with a constant of that mean square added to each unit."""
-        spread = _sum_of_known(self.spread, spread)
-        return Moments(self.variance, spread, self.offset, along=self.along)
+        total = _sum_of_known(self.spread, spread)
+        return Moments(self.variance, total, self.offset, along=self.along)
 
     def collapsed(self, most: int) -> Moments:
         """The same, with what all parts have in common as one atom beyond `most`."""
