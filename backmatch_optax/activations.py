@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,61 @@ def _maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive
     if variance is None or gain is None:
         raise ValueError(f"{name!r} passes on neither signal nor gradient")
     moments = Moments(variance, spread, offset) * unit
+    if before.along is not None and window == 1:
+        along = _in_common(name, before, unit)[0] * unit
+        moments = dataclasses.replace(moments, along=along)
     return dataclasses.replace(moments, activated=Activated(name, before)), gain
+
+
+def slope_in_common(name: str, before: Moments) -> Positive:
+    """The share of `E phi'(x)^2` that all positions of an input have in common."""
+    unit = before.q if name in _HOMOGENEOUS else number(1.0)
+    return _in_common(name, before, unit)[1]
+
+
+def _in_common(name: str, before: Moments, unit: Positive) -> list[Positive]:
+    """What positions have in common of the outputs' variance, and of the slopes."""
+    parts = (before.variance, before.spread, before.offset, before.along)
+    sizes = [None if part is None else part / unit for part in parts]
+    known = [size for size in sizes if size is not None]
+    if any(size.powers for size in known):
+        return applied(_named_commons(name), sizes)
+    figures = (0.0 if s is None else math.exp(s.log_constant) for s in sizes)
+    return [number(max(f, NOTHING)) for f in _static_commons(name, *figures)]
+
+
+@functools.cache
+def _named_commons(name: str) -> Callable[..., tuple[jax.Array, ...]]:
+    return functools.partial(_commons, activation(name))
+
+
+@functools.lru_cache
+def _static_commons(name: str, *figures: float) -> tuple[float, ...]:
+    return _elsewhere(_named_commons(name), *figures)
+
+
+def _commons(
+    phi: Callable[[jax.Array], jax.Array],
+    variance: jax.Array,
+    spread: jax.Array,
+    offset: jax.Array,
+    along: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Which part of the variance of outputs, and which share of the squared slopes."""
+    density, nodes = jnp.asarray(DENSITY), jnp.asarray(NODES)
+
+    def means(apart: jax.Array) -> tuple[jax.Array, ...]:
+        """Over what differs, for every value of what is in common."""
+        shared = jnp.maximum(spread + variance - apart, 0.0)
+        centres = jnp.sqrt(offset) + jnp.sqrt(shared) * nodes
+        values = centres[:, None] + jnp.sqrt(apart) * nodes[None, :]
+        outputs, slopes = jax.jvp(phi, (values,), (jnp.ones_like(values),))
+        return outputs @ density, slopes @ density, slopes**2 @ density
+
+    of_units, _, _ = means(variance)
+    of_inputs, slopes, squares = means(jnp.maximum(variance - along, 0.0))
+    more = density @ of_inputs**2 - density @ of_units**2
+    return jnp.maximum(more, 0.0), density @ slopes**2 / (density @ squares)
 
 
 @functools.lru_cache
@@ -111,9 +165,17 @@ def _static_integrals(
         offset = (1.0 - slope) ** 2 * q / (2 * math.pi)
         return gain * q - mean_square, mean_square - offset, offset, gain
 
+    return _elsewhere(_named_integrals(name, window), variance, spread, offset)
+
+
+def _elsewhere(
+    function: Callable[..., Sequence[jax.Array]], *figures: float
+) -> tuple[float, ...]:
+    """A function of numbers, computed in a thread of its own."""
+
     def integrate() -> tuple[float, ...]:
-        sizes = (jnp.float32(value) for value in (variance, spread, offset))
-        return tuple(map(float, _named_integrals(name, window)(*sizes)))
+        results = function(*(jnp.float32(figure) for figure in figures))
+        return tuple(map(float, results))
 
     # This thread may be tracing a function or be inside `shard_map`, where no array has
     # a value. A new thread is not.

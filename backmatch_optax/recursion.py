@@ -71,21 +71,25 @@ def forward(sites: Sequence[Site], moments: Moments) -> Moments:
     return moments
 
 
-def backward(sites: Sequence[Site], n: Positive) -> Positive:
+def backward(
+    sites: Sequence[Site], n: Positive, common: Positive | None = None
+) -> Positive:
     """Carries `n = m * q` from the output to the input, where `m <- m * m_z`.
 
     BM (37), LH (23). At each site `m` is then the mean diagonal of `J^T J` of all links
-    above it with respect to the site's output.
+    above it with respect to the site's output. Beside it goes what share of it all
+    positions have in `common`: all of it below a mean over positions.
     """
     for site in reversed(sites):
-        site.n = n
+        site.n, site.common = n, common
+        site.common_below = site.link.common_below(site)
         if isinstance(site.link, Repeat):
             n = down_layers(site, _WALKS)
         elif site.arms:
             n = _through_arms(site)
         else:
             n = n * (site.link.m_z(site) * site.q / site.moments_out.q)
-        n = n.collapsed(_MOST_POWERS)
+        n, common = n.collapsed(_MOST_POWERS), site.common_below
     return n
 
 
@@ -96,18 +100,21 @@ def _through_arms(site: Site) -> Positive:
     part of `(J_1 + J_2)^T (J_1 + J_2)` is left, LH (13). Where the arms are related,
     what returns is known, cross terms included.
     """
-    m, returned, shares = site.m, [], []
+    m, returned, shares, in_common = site.m, [], [], []
     for index, (arm, moments) in enumerate(
         zip(site.arms.values(), site.arm_moments, strict=True)
     ):
         top = m * site.link.m_arm(site, index) * moments.q
-        n = backward(arm, top)
+        common = site.link.arm_common(site, index)
+        n = backward(arm, top, common)
         if arm and arm[0].link.begins:
             continue  # at another input of the model
         returned.append(n)
+        in_common.append(arm[0].common_below if arm else common)
         # Of `n` times the size of the signal: what becomes of it inside the arm.
         size = math.prod(site.arm_shapes[index]) / site.size_in
         shares.append(n / top / size)
+    site.common_below = _mean_share(returned, in_common)
     if site.m_z_of_arms is not None:
         return m * site.m_z_of_arms * site.q
     # Where all arms keep the same share, that is the share of the whole.
@@ -120,6 +127,21 @@ def _through_arms(site: Site) -> Positive:
         if len({round(share.log_constant, 9) for share in shares}) == 1:
             return site.n * shares[0] * (site.size_out / site.size_in)
     return functools.reduce(operator.add, returned)
+
+
+def _mean_share(
+    parts: Sequence[Positive], shares: Sequence[Positive | None]
+) -> Positive | None:
+    """The mean of shares over parts of a whole; None is zero."""
+    known = [share for share in shares if share is not None]
+    if not known or (len(known) == len(shares) == 1):
+        return known[0] if known else None
+    alike = {share.log_constant for share in known if not share.powers}
+    if len(known) == len(shares) and len(alike) == 1:
+        if not any(share.powers for share in known):
+            return known[0]
+    terms = [p * s for p, s in zip(parts, shares, strict=True) if s is not None]
+    return functools.reduce(operator.add, terms) / functools.reduce(operator.add, parts)
 
 
 def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
@@ -142,6 +164,21 @@ def _times(site: Site) -> int:
     if isinstance(site.link, Repeat):
         return site.link.n
     return bool(site.arms)
+
+
+def mark_divided(sites: Sequence[Site], divided: bool = False) -> bool:
+    """Marks the sites whose features a BatchNorm divides, each by its own size.
+
+    Returns whether those below the sites are; below arms, where all of them are.
+    """
+    for site in reversed(sites):
+        site.divided = divided
+        divided = site.link.divides(divided)
+        if isinstance(site.link, Repeat):  # what holds for all layers
+            divided = divided and mark_divided(site.arms["chain"], divided)
+        if site.arms:
+            divided = all([mark_divided(arm, divided) for arm in site.arms.values()])
+    return divided
 
 
 def scale(site: Site, role: str) -> Positive:

@@ -21,7 +21,7 @@ class Walks(NamedTuple):
     """The recursion itself, for the links of one layer (see `recursion`)."""
 
     forward: Callable[[Sequence[Site], Moments], Moments]
-    backward: Callable[[Sequence[Site], Positive], Positive]
+    backward: Callable[[Sequence[Site], Positive, Positive | None], Positive]
     mark_centred: Callable[[Sequence[Site], bool], bool]
     log_scales: Callable[..., tuple[jax.Array, list[jax.Array]]]
 
@@ -35,16 +35,18 @@ class _Form(NamedTuple):
 
     spread: bool
     offset: bool
+    along: bool
     are_norms: bool  # so that their sums are, and have a floor
     activated: bool
 
     @classmethod
     def of(cls, moments: Moments) -> _Form:
-        parts = (moments.variance, moments.spread, moments.offset)
+        parts = (moments.variance, moments.spread, moments.offset, moments.along)
         atoms = [atom for part in parts if part is not None for atom in part.powers]
         return cls(
             moments.spread is not None,
             moments.offset is not None,
+            moments.along is not None,
             all(atom.floor is not None for atom in atoms),
             moments.activated is not None,
         )
@@ -53,6 +55,7 @@ class _Form(NamedTuple):
         return _Form(
             self.spread or other.spread,
             self.offset or other.offset,
+            self.along or other.along,
             self.are_norms and other.are_norms,
             self.activated or other.activated,
         )
@@ -76,6 +79,13 @@ class _Carry(NamedTuple):
 
     q: Packed
     shares: Sequence[Packed]
+
+
+class _Handed(NamedTuple):
+    """What a layer hands to the one below it."""
+
+    n: Packed
+    common: Packed | None  # None is zero
 
 
 class _Layer(NamedTuple):
@@ -131,42 +141,51 @@ def down_layers(site: Site, walks: Walks) -> Positive:
     """
     climbed: _Climbed = site.climbed
     chain, dtype, floor = site.arms["chain"], climbed.dtype, site.norm_floor
-    found: list[tuple[float, float | None]] = []
+    found: list[tuple[float, float | None, bool]] = []
 
-    def down(kind: tuple[bool, float], n: Packed, at: Any) -> tuple[Packed, Any]:
-        layer, entry = at
+    def down(kind: tuple[bool, float], carry: _Handed, at: Any) -> tuple[_Handed, Any]:
+        (n, common), (layer, entry) = carry, at
         sites = _one_layer(site, layer)
         moments, unit = _unpacked_moments(entry, climbed.form, floor)
         walks.mark_centred(sites, kind[0])
         after = walks.forward(sites, moments)
         top = _with_factor(n, after.q, kind[1])
-        below = walks.backward(sites, top)
+        below = walks.backward(sites, top, common and unpacked(common))
+        left = sites[0].common_below
         (atom,) = unit.powers
         share = below / top
         static = None if share.powers else share.log_constant
-        found.append((below.powers.get(atom, 0), static))
-        return packed(below, dtype), walks.log_scales([*scaled_roles(sites)], dtype)
+        found.append((below.powers.get(atom, 0), static, left is not None))
+        handed = _Handed(packed(below, dtype), common and packed(left or ABSENT, dtype))
+        return handed, walks.log_scales([*scaled_roles(sites)], dtype)
 
     (out,) = climbed.out.powers
     kind = site.centred, site.n.powers.get(out, 0)
     link: Any = site.link
     count = stop = link.n
-    n, runs = packed(site.n, dtype), []
+    common = site.common and packed(site.common, dtype)
+    handed, runs = _Handed(packed(site.n, dtype), common), []
     kept: float | None = 0.0  # log of the share of `n` that is left, where it is static
     while stop:
         layers = climbed.layers, climbed.entries
-        jax.eval_shape(functools.partial(down, kind), n, _shapes_of_one(layers))
-        power, share = found.pop()
+        jax.eval_shape(functools.partial(down, kind), handed, _shapes_of_one(layers))
+        power, share, in_common = found.pop()
+        if in_common and handed.common is None:
+            handed = handed._replace(common=packed(ABSENT, dtype))
+            continue
         below = walks.mark_centred(chain, kind[0]), power
         start = 0 if below == kind else stop - 1
         if stop - start < count:
             layers = jax.tree.map(lambda leaf: leaf[start:stop], layers)  # noqa: B023
-        n, logs = jax.lax.scan(functools.partial(down, kind), n, layers, reverse=True)
+        walk = functools.partial(down, kind)
+        handed, logs = jax.lax.scan(walk, handed, layers, reverse=True)
         runs.insert(0, logs)
         if kept is not None:
             kept = None if share is None else kept + share * (stop - start)
         kind, stop = below, start
     _note_scales(site, *jax.tree.map(lambda *logs: jnp.concatenate(logs), *runs))
+    n, common = handed
+    site.common_below = common and unpacked(common)
     if kind[1]:
         return _with_factor(n, site.q, kind[1])
     # Where only constants come in, what `n` is made of may cancel further down.
@@ -197,10 +216,9 @@ def _note_scales(site: Site, single: jax.Array, stacked: Sequence[jax.Array]) ->
 
 
 def _packed_moments(moments: Moments, form: _Form, dtype: jnp.dtype) -> _Carry:
-    parts = []
-    if form.spread or form.offset:
-        parts = [moments.variance]
-        parts += [moments.spread] * form.spread + [moments.offset] * form.offset
+    parts = [moments.variance] * (form.spread or form.offset)
+    parts += [moments.spread] * form.spread + [moments.offset] * form.offset
+    parts += [moments.along] * form.along
     q = packed(moments.q, dtype)
     shares = [
         jax.tree.map(operator.sub, packed(ABSENT if part is None else part, dtype), q)
@@ -217,10 +235,11 @@ def _unpacked_moments(
         unpacked(arrays, floor=floor if form.are_norms else None)
         for arrays in (carry.q, *carry.shares)
     ]
-    variance, *means = [unit * share for share in shares] or [unit]
-    spread = means.pop(0) if form.spread else None
-    offset = means.pop(0) if form.offset else None
-    moments = Moments(variance, spread, offset)
+    parts = [unit * share for share in shares]
+    variance = parts.pop(0) if form.spread or form.offset else unit
+    spread = parts.pop(0) if form.spread else None
+    offset = parts.pop(0) if form.offset else None
+    moments = Moments(variance, spread, offset, along=parts.pop() if parts else None)
     if form.activated:
         elsewhere = _Elsewhere("", moments)
         moments = dataclasses.replace(moments, activated=elsewhere)

@@ -150,6 +150,7 @@ def walk(
     # The input counts as whitened, and the derivative of the loss with respect to the
     # network's output as the wanted change of it (BM 3.2).
     recursion.mark_centred(sites)
+    recursion.mark_divided(sites)
     output = recursion.forward(sites, Moments(number(1.0)))
     recursion.backward(sites, output.q)  # m is 1 there
     return sites

@@ -107,7 +107,7 @@ def _approximations(sites: Sequence[Site]) -> Iterator[str]:
     mean_above = False
     for site in reversed([*every(sites)]):
         link = site.link
-        mean_above |= isinstance(link, _spec.GlobalAvgPool)
+        mean_above |= isinstance(link, _spec.GlobalAvgPool) and not site.mean_field
         reason = link.approximate or (mean_above and link.approximate_below_a_mean)
         if reason:
             yield f"approximate: {site.label}: {reason}"

@@ -29,6 +29,8 @@ def test_attention_below_a_mean_over_positions_is_said_to_be_approximate(mean):
     table = bmo.describe(bmo.infer_spec(model, x), params)
     assert ("approximate: " in table) == mean
     assert ("same signal back from the mean" in table) == mean
+    exact = bmo.describe(bmo.infer_spec(model, x), params, gains="mean_field")
+    assert "approximate" not in exact
 
 
 def test_links_that_are_approximate_everywhere_say_so():

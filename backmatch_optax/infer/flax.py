@@ -63,8 +63,8 @@ def infer_spec(
     weight 1 each; `method` chooses one. The first input is the chain's own, others are
     `Input`s. A `Reshape` or `Transpose` stands only where a later link needs it.
 
-    Rules that are approximate stay so: scales below a mean over positions, or above a
-    class token, may be off by more than a factor of 2, as `compare_scales` shows.
+    Rules that are approximate stay so: scales of a class token or below upsampling may
+    be off by more than a factor of 2, as `compare_scales` shows and `describe` says.
 
     Where no link describes something, the error names `blocks=` that were tried and do.
     A model may also add `h` and `relu(h)`, or multiply them: two signals that
@@ -434,7 +434,9 @@ def _value(leaf: Any, node: Node) -> Any:
     if node.op == "param" and len(node.shape) > 1:
         key = jax.random.key(zlib.crc32(node.path.encode()))  # another for each
         return jax.random.normal(key, node.shape, node.dtype) / math.sqrt(fan_in)
-    return jnp.full(node.shape, name in ("scale", "var"), node.dtype)
+    # A WeightNorm of NNX has its scales in a dict of that name.
+    ones = name in ("scale", "var") or "scales" in node.path.split("/")
+    return jnp.full(node.shape, ones, node.dtype)
 
 
 def _name(module: Any, path: str) -> None:

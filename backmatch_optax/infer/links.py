@@ -276,6 +276,9 @@ def positions(node: Node) -> Step | None:
     (signal,) = node.flow
     (added,) = (operand for operand in node.operands if not operand.flows)
     source, sizes = origin(added), [size for size in added.shape if size > 1]
+    sliced = _first_rows(source, node)
+    if sliced:
+        return Step(node, signal, [_spec.Bias(sliced, sliced=True)])
     try:
         if source.op == "gather" and source.operands[0].op == "param":
             table, indices = source.operands
@@ -296,6 +299,21 @@ def positions(node: Node) -> Step | None:
     except (graph.Unmatched, ValueError):
         pass
     return None
+
+
+def _first_rows(node: Node, added: Node) -> str:
+    """The path of a table whose first rows are taken; empty for what is none."""
+    table = node.operands[0] if node.op == "slice" else node
+    if table is node or table.op != "param" or added.op == "add_any":
+        return ""
+    sizes = [
+        pair for pair in zip(node.shape, table.shape, strict=True) if max(pair) > 1
+    ]
+    whole = node.shape[-1] == table.shape[-1] == added.shape[-1]
+    first = not any(node.options["start_indices"])
+    strides = {*(node.options["strides"] or ())} <= {1}
+    rows = len(sizes) == 2 and sizes[0][0] == added.shape[-2] < sizes[0][1]
+    return table.path if whole and first and strides and rows else ""
 
 
 _LINEAR = {"add", "concatenate", "mul", "neg", "slice", "split", "sub", *graph.MOVES}
@@ -811,7 +829,9 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
         leaf.rpartition("/")[2]: piece.leaves[leaf] for leaf in piece.paths["param"]
     }
     for index, (link, centred, square) in enumerate(_normalised(piece, source)):
-        affine = centred / np.sqrt(square) * leaves["scale"] + leaves["bias"]
+        one_plus = isinstance(link, _spec.RMSNorm) and link.one_plus
+        scale = leaves["scale"] + one_plus
+        affine = centred / np.sqrt(square) * scale + leaves["bias"]
         factor = _constant_ratio(piece.values, affine)
         if link is None or factor is None or not roles <= set(link.roles):
             continue
@@ -823,7 +843,7 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
         # Against small values the epsilon counts.
         small = graph.evaluate(node, source, SIGNAL * 1e-3)
         _, centred, square = [*_normalised(small, source)][index]
-        normalised = (small.values - leaves["bias"]) / leaves["scale"] / factor
+        normalised = (small.values - leaves["bias"]) / scale / factor
         epsilon = np.median((centred / normalised) ** 2 - square)
         if not np.isclose(epsilon, link.epsilon, rtol=1e-2, atol=1e-10):
             found = float(f"{max(epsilon, 0.0):.3g}")
@@ -845,7 +865,10 @@ def _normalised(piece: Piece, source: Node) -> Iterator[tuple[Any, Any, Any]]:
         mean, variance = signal.mean(1, keepdims=True), signal.var(1, keepdims=True)
         yield link, signal - mean, variance
         if isinstance(link, _spec.LayerNorm):
-            yield _spec.RMSNorm(), signal, np.mean(signal**2, axis=1, keepdims=True)
+            square = np.mean(signal**2, axis=1, keepdims=True)
+            yield _spec.RMSNorm(), signal, square
+            if piece.paths["param"]:
+                yield _spec.RMSNorm(one_plus=True), signal, square
 
 
 def _normalisation_over(piece: Piece, shape: Shape) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax.moments import Moments
-from backmatch_optax.powers import Positive, applied, number
+from backmatch_optax.powers import Positive, applied
 from backmatch_optax.spec.composite import Input
 from backmatch_optax.spec.link import (
     Link,
@@ -80,8 +80,8 @@ class DenseGeneral(Link):
 
     def m_W(self, here: Site, role: str) -> Positive:
         if role != "kernel":
-            return number(here.positions_out)
-        return here.positions_out * (here.moments.variance if here.centred else here.q)
+            return here.added(here.positions_out)
+        return here.met(here.moments, here.positions_out)
 
     def m_z(self, here: Site) -> Positive:
         return self._row_norm(here, "kernel") * here.fan_out / here.fan_in
@@ -116,6 +116,13 @@ class DotProductAttention(Link):
     The terms with `D` do not vanish with the number of positions: keys and values are
     functions of the same `D` features, and so their covariance is `1 / D` of their
     variances. A constant added to all keys changes nothing; only their variance counts.
+
+    **What positions have in common.** With nearly uniform weights all queries get
+    nearly the same: a share `1 / positions` of `V` is common to all positions, and a
+    mean over positions keeps it. Backward, where all positions get the same cotangent
+    from such a mean, the terms of a value add up to it instead of cancelling:
+    `m_value = m`. Causal weights are larger for the first positions, `m_value = 2 m`
+    for many. Both count with mean-field gains.
 
     **Assumptions.** Positions are unrelated about their units' means, the input is
     white, and kernels are random. A bias of the values passes whole, but this rule
@@ -165,7 +172,7 @@ class DotProductAttention(Link):
 
     approximate_below_a_mean = (
         "every position gets the same signal back from the mean, and equal terms add "
-        "up where independent ones cancel; off by up to the number of positions"
+        "up where independent ones cancel; only gains='mean_field' count that"
     )
 
     def validate(self) -> None:
@@ -204,16 +211,35 @@ class DotProductAttention(Link):
 
     def moments_after(self, here: Site) -> Moments:
         value = here.arm_moments[2]
-        kept = self._gain(here, "kept")
-        return Moments(value.variance * kept, value.spread, value.offset)
+        after = value.shrunk(self._gain(here, "kept"), self._gain(here, "lost"))
+        # What all queries attend to in equal parts.
+        positions = here.arm_shapes[1][-2]
+        along = value.variance * (_met_again(positions, self.causal) / positions)
+        along = along if after.along is None else along + after.along
+        return dataclasses.replace(after, along=along)
 
     def m_arm(self, here: Site, arm: int) -> Positive:
         query, key, value = here.arm_moments
         uses = here.size_out / math.prod(here.arm_shapes[arm])
         if arm == 2:
-            return self._gain(here, "kept") * uses
+            return self._handed(here) * uses
         of = (key.variance, query.q)[arm]
         return self._gain(here, "chosen") * of * value.variance * uses
+
+    def arm_common(self, here: Site, arm: int) -> Positive | None:
+        if here.common is None or arm == 1:  # what all keys get sums to zero
+            return None
+        if arm == 0:
+            return here.common * self._gain(here, "agreed")
+        queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
+        return here.common * (queries / keys) / self._handed(here)
+
+    def _handed(self, here: Site) -> Positive:
+        """What a value is handed, each head's `m` being 1."""
+        kept = self._gain(here, "kept")
+        if here.common is None:
+            return kept
+        return kept + here.common * self._gain(here, "together")
 
     def centres(self, centred: bool) -> bool:
         del centred
@@ -226,25 +252,41 @@ class DotProductAttention(Link):
     def _gains(self, here: Site) -> dict[str, Positive]:
         query, key, _ = here.arm_moments
         features = min(here.fan_in, here.fan_out)
-        positions = here.arm_shapes[1][-2]
-        gains = _means(features, positions, self.causal, self.attended)
+        queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
+        again = _met_again(keys, self.causal) * queries / keys
+        gains = _means(features, keys, self.causal, self.attended, again)
         logits = query.q * key.variance
-        return dict(zip(("kept", "chosen"), applied(gains, [logits]), strict=True))
+        return dict(zip(_GAINS, applied(gains, [logits]), strict=True))
+
+
+_GAINS = ("kept", "lost", "chosen", "together", "agreed")
+
+
+@functools.cache
+def _met_again(positions: int, causal: bool) -> float:
+    """Mean square of the weights that a position has in all queries, equal in each."""
+    if not causal:
+        return 1.0
+    weights = 1.0 / np.arange(1, positions + 1)
+    return float(np.mean(np.cumsum(weights[::-1]) ** 2))
 
 
 @functools.cache
 def _means(
-    features: int, positions: int, causal: bool, attended: float | None
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    features: int, positions: int, causal: bool, attended: float | None, again: float
+) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
     """Means over queries, as a function of the variance of their logits."""
-    return functools.partial(_means_of, features, _lengths(positions, causal, attended))
+    lengths = _lengths(positions, causal, attended)
+    return functools.partial(_means_of, features, positions, lengths, again)
 
 
 def _means_of(
     features: int,
+    positions: int,
     lengths: Sequence[np.ndarray],
+    again: float,
     t: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     weights, places, masses = (jnp.asarray(array, t.dtype) for array in lengths)
     sizes = masses * jnp.exp(jnp.sqrt(t) * places)
     shares = sizes / sizes.sum(axis=1, keepdims=True) / masses.clip(1)
@@ -254,7 +296,10 @@ def _means_of(
     kept = squares + others * t / features
     spread = jnp.maximum(squares * (1 + squares) - 2 * cubes, 0)  # but for rounding
     chosen = spread + others**2 / features
-    return kept @ weights, chosen @ weights
+    kept, chosen, squares = kept @ weights, chosen @ weights, squares @ weights
+    lost, together = jnp.maximum(1 - kept, 0), jnp.maximum(again - kept, 0)
+    agreed = jnp.minimum(1 / (positions * squares), 1)
+    return kept, lost, chosen, together, agreed
 
 
 def _lengths(

@@ -184,6 +184,9 @@ class Residual(Link):
 
     adds_arms = True
 
+    def divides(self, divided: bool) -> bool:
+        return divided
+
     def elementwise(self, here: Site) -> Elementwise | None:
         return crossterms.elementwise_sum(here)
 
@@ -205,6 +208,9 @@ class Concatenate(Link):
     all coordinates:
 
         m_branch = m,    q = sum_i q_i * size_i / sum_i size_i
+
+    Where a BatchNorm follows, as in a DenseNet, it divides every feature by its own
+    variance and not by their mean: `m_branch = m * q / q_branch`.
 
     At the common input the backward factors of the branches add up, as those of a
     `Residual` do.
@@ -259,6 +265,14 @@ class Concatenate(Link):
         shares = [math.prod(shape) / here.size_out for shape in here.arm_shapes]
         return beside(here.arm_moments, shares, units=self.axis == -1)
 
+    def m_arm(self, here: Site, arm: int) -> Positive:
+        if not here.divided or self.axis != -1:
+            return number(1.0)
+        return here.moments_out.variance / here.arm_moments[arm].variance
+
+    def divides(self, divided: bool) -> bool:
+        return divided and self.axis == -1
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Gate(Link):
@@ -272,7 +286,8 @@ class Gate(Link):
     The two count as unrelated, as the outputs of two random kernels are. That does not
     hold for a function of one signal such as `x * sigmoid(x)`: it is an `Activation`.
     A gate with fewer axes, or with axes of length 1, is repeated as in NumPy; its
-    curvature is the sum over all its uses.
+    curvature is the sum over all its uses. Below a mean over positions all uses get the
+    same signal back, and what the branch has in common at all positions adds up.
 
     Args:
       branch: the links of what is multiplied, from input to output; empty for the
@@ -324,11 +339,26 @@ class Gate(Link):
 
     def moments_after(self, here: Site) -> Moments:
         branch, gate = here.arm_moments
+        if math.prod(here.arm_shapes[1][:-1]) == 1:
+            gate = dataclasses.replace(gate, along=gate.variance)
         return branch.times(gate)
 
     def m_arm(self, here: Site, arm: int) -> Positive:
-        uses = here.size_out / math.prod(here.arm_shapes[arm])
-        return here.arm_moments[1 - arm].q * uses
+        shape = here.arm_shapes[arm]
+        times = here.positions_out / math.prod(shape[:-1])
+        other, uses = here.arm_moments[1 - arm], here.size_out / math.prod(shape)
+        if times == 1:
+            return other.q * uses
+        # What a mean of the other hands on is centred as cotangents are. Kernels do not
+        # see it where pooled signals are nearly the same for all inputs.
+        return here.met(other, times) * (uses / times)
+
+    def arm_common(self, here: Site, arm: int) -> Positive | None:
+        other = here.arm_moments[1 - arm]
+        repeated = here.arm_shapes[1 - arm] != here.arm_shapes[arm]
+        if here.common is None or repeated:
+            return here.common
+        return None if other.common is None else here.common * other.common / other.q
 
     def centres(self, centred: bool) -> bool:
         del centred

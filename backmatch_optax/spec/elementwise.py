@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 
-from backmatch_optax.activations import activation, after_activation
+from backmatch_optax.activations import activation, after_activation, slope_in_common
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Elementwise, Link, Site, check_number
@@ -66,6 +66,9 @@ class Activation(Link):
     def centres(self, centred: bool) -> bool:
         return centred and self.name == "identity"
 
+    def divides(self, divided: bool) -> bool:
+        return divided
+
     def elementwise(self, here: Site) -> Elementwise:
         del here
         return activation(self.name)
@@ -79,6 +82,11 @@ class Activation(Link):
         if not here.mean_field:
             return number(1.0)
         return after_activation(self.name, here.moments)[1]
+
+    def common_below(self, here: Site) -> Positive | None:
+        if here.common is None:
+            return None
+        return here.common * slope_in_common(self.name, here.moments)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -107,16 +115,24 @@ class Dropout(Link):
     def validate(self) -> None:
         check_number("rate", self.rate, "a number in [0, 1)", lambda r: 0.0 <= r < 1.0)
 
+    def divides(self, divided: bool) -> bool:
+        return divided
+
     def moments_after(self, here: Site) -> Moments:
         before = here.moments
         if not here.mean_field or not self.rate:
             return before
         # The means stay; what random zeros add to the second moment is variance.
         added = before.q * (self.rate / (1.0 - self.rate))
-        return Moments(before.variance + added, before.spread, before.offset)
+        variance = before.variance + added
+        return Moments(variance, before.spread, before.offset, along=before.along)
 
     def m_z(self, here: Site) -> Positive:
         return number(1.0 / (1.0 - self.rate) if here.mean_field else 1.0)
+
+    def common_below(self, here: Site) -> Positive | None:
+        # Zeros are drawn anew at every position.
+        return None if here.common is None else here.common * (1.0 - self.rate)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -74,7 +74,12 @@ class Embed(_Table):
         return Moments(here.squared_row_norm("embedding") / self._tokens(here))
 
     def m_W(self, here: Site, role: str) -> Positive:
-        return number(here.positions_out / self._tokens(here))
+        times, tokens = here.positions_out, self._tokens(here)
+        if here.common is None or times == 1:
+            return number(times / tokens)
+        # Tokens that are drawn at random: `n (n - 1)` pairs of positions share a row.
+        pairs = here.common * ((times - 1) / tokens)
+        return (number(1.0) + pairs) * (times / tokens)
 
     def _tokens(self, here: Site) -> int:
         return here.params["embedding"].shape[0]
@@ -118,8 +123,7 @@ class Unembed(_Table):
         return here.moments.mixed(self.m_z(here) * here.fan_in / here.fan_out)
 
     def m_W(self, here: Site, role: str) -> Positive:
-        seen = here.moments.variance if here.centred else here.q
-        return here.positions_out * seen
+        return here.met(here.moments, here.positions_out)
 
     def m_z(self, here: Site) -> Positive:
         return here.squared_row_norm("embedding")

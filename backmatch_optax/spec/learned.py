@@ -19,6 +19,11 @@ class _Learned(Link):
 
     roles = required_roles = ("",)  # the path is the array's own
 
+    @property
+    def longer(self) -> bool:
+        """Whether it may have more rows than its input has positions."""
+        return False
+
     def validate(self) -> None:
         check_path(self.path)
 
@@ -30,6 +35,9 @@ class _Learned(Link):
         # Only a leading axis may be in excess: that of the batch.
         while len(shape) > len(input_shape) and shape[0] == 1:
             shape = shape[1:]
+        if self.longer and len(shape) == len(input_shape) > 1:
+            rows = min(shape[-2], input_shape[-2])
+            shape = (*shape[:-2], rows, shape[-1])
         aligned = zip(reversed(shape), reversed(input_shape), strict=False)
         if len(shape) > len(input_shape) or any(n not in (1, of) for n, of in aligned):
             raise ValueError(
@@ -41,6 +49,11 @@ class _Learned(Link):
     def size(self, here: Site) -> int:
         """How many entries the array has."""
         return math.prod(here.params[self.roles[0]].shape)
+
+    def repeated(self, here: Site) -> float:
+        """At how many positions an entry stands."""
+        shape = here.params[self.roles[0]].shape
+        return here.positions_in / max(math.prod(shape[:-1]), 1)
 
     def mean_square(self, here: Site) -> Positive:
         """Of the array's entries."""
@@ -77,7 +90,8 @@ class LayerScale(_Learned):
         return here.moments * self.mean_square(here)
 
     def m_W(self, here: Site, role: str) -> Positive:
-        return here.q * (here.size_in / self.size(here))
+        times = self.repeated(here)
+        return here.met(here.moments, times) * (here.size_in / self.size(here) / times)
 
     def m_z(self, here: Site) -> Positive:
         return self.mean_square(here)
@@ -94,6 +108,8 @@ class Bias(_Learned):
     Args:
       path: the path of the array itself, such as `"pos_embedding"`. Its shape is
         repeated to the input's as in NumPy.
+      sliced: whether only the first of its rows are used, as many as the input has
+        positions. `m_W` is the mean over all rows, and unused ones have none.
 
     Raises:
       ValueError: where `path` is not names joined by single slashes, or (at `init`) is
@@ -106,6 +122,11 @@ class Bias(_Learned):
     """
 
     path: str
+    sliced: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def longer(self) -> bool:
+        return self.sliced
 
     def moments_after(self, here: Site) -> Moments:
         added = self.mean_square(here)
@@ -113,10 +134,12 @@ class Bias(_Learned):
             return here.moments.with_spread(added)
         # Another number at each position: no mean of a unit.
         before = here.moments
-        return Moments(before.variance + added, before.spread, before.offset)
+        variance = before.variance + added
+        return Moments(variance, before.spread, before.offset, along=before.along)
 
     def m_W(self, here: Site, role: str) -> Positive:
-        return number(here.size_in / self.size(here))
+        times = self.repeated(here)
+        return here.added(times) * (here.size_in / self.size(here) / times)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from backmatch_optax.moments import Moments
 from backmatch_optax.numerics import checked_count
-from backmatch_optax.powers import Positive, number
+from backmatch_optax.powers import Positive
 from backmatch_optax.spec.link import Link, Shape, Site, check_path, check_vector
 from backmatch_optax.spec.windows import (
     Padding,
@@ -53,9 +53,8 @@ class _Linear(Link):
         # bias a constant one. BM's sharing factor `s` is `uses` times what the pooling
         # above has left in `m`. With the papers' gains all of q is variance.
         if role != "kernel":
-            return number(here.positions_out)
-        seen = self.seen(here)
-        return self.uses(here) * (seen.variance if here.centred else seen.q)
+            return here.added(here.positions_out)
+        return here.met(self.seen(here), self.uses(here))
 
     def m_z(self, here: Site) -> Positive:
         # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by
@@ -167,6 +166,12 @@ class Conv(_Convolution):
     @property
     def groups(self) -> int:
         return self.feature_group_count
+
+    def common_below(self, here: Site) -> Positive | None:
+        # With strides, positions next to one another meet different taps.
+        if here.common is None or here.positions_out >= here.positions_in:
+            return here.common
+        return here.common * (here.positions_out / here.positions_in)
 
     def uses(self, here: Site) -> float:
         # In the papers a tap on the padding counts like any other.

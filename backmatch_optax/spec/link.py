@@ -42,6 +42,7 @@ class Site:
     mean_field: bool = False  # exact Gaussian gains instead of the papers'
     norm_floor: jax.typing.ArrayLike = 0.0  # the least a norm counts as below a line
     centred: bool = False  # whether cotangents at the output have mean zero
+    divided: bool = False  # whether all that follows divides each feature by its size
     moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     arm_moments: Sequence[Moments] = ()  # at the outputs of the arms
     m_z_of_arms: Positive | None = None  # of related arms, cross terms included
@@ -49,6 +50,10 @@ class Site:
         default_factory=lambda: Moments(number(1.0))
     )
     n: Positive = dataclasses.field(default_factory=lambda: number(1.0))
+    # The share of `m` that all positions have in common, at output and input: the same
+    # cotangent everywhere, as below a mean over positions. None is zero.
+    common: Positive | None = None
+    common_below: Positive | None = None
     # All uses, of parameters that are used more than once.
     uses: list[Site] = dataclasses.field(default_factory=list)
     # By role: sums of squares that are known from elsewhere.
@@ -67,6 +72,32 @@ class Site:
     def m(self) -> Positive:
         """The backward factor at the output."""
         return self.n / self.moments_out.q
+
+    def met(self, moments: Moments, times: float) -> Positive:
+        """The mean square of `sum_p g_p x_p` for cotangents `g` of mean square 1.
+
+        Terms are unrelated, but for what all positions have in common in both: it adds
+        up, so that its square is `times` as large. Where cotangents have mean zero over
+        the batch, they meet nothing of what inputs have in common.
+
+        Args:
+          moments: those of `x`.
+          times: the number of terms.
+        """
+        if self.centred:
+            return self._added_up(moments.variance, moments.along, times)
+        return self._added_up(moments.q, moments.common, times)
+
+    def added(self, times: float) -> Positive:
+        """The mean square of `sum_p g_p`, as in `met`."""
+        return self._added_up(number(1.0), number(1.0), times)
+
+    def _added_up(
+        self, seen: Positive, together: Positive | None, times: float
+    ) -> Positive:
+        if self.common is None or together is None or times <= 1:
+            return times * seen
+        return times * (seen + self.common * together * (times - 1.0))
 
     @property
     def fan_in(self) -> int:
@@ -203,8 +234,8 @@ class Link:
     adds_arms: ClassVar[bool] = False
     declares_arms: ClassVar[bool] = True  # or others declare what they own
     begins: ClassVar[bool] = False  # takes an input of its own, not what lies below
-    # Why scales may be far off, for `describe`; the second where a mean over positions
-    # comes later.
+    # Why scales may be far off, for `describe`; the second with the papers' gains,
+    # where a mean over positions comes later.
     approximate: ClassVar[str] = ""
     approximate_below_a_mean: ClassVar[str] = ""
 
@@ -256,12 +287,34 @@ class Link:
         del here, arm
         return number(1.0)
 
+    def common_below(self, here: Site) -> Positive | None:
+        """The share of `m` at its input that all positions have in common.
+
+        What it is at the output, `here.common`, where the link does the same to all
+        positions. Not asked of a link with arms.
+        """
+        return here.common
+
+    def arm_common(self, here: Site, arm: int) -> Positive | None:
+        """The same at the output of an arm."""
+        del arm
+        return here.common
+
     def centres(self, centred: bool) -> bool:
         """Whether what it hands back has mean zero over the batch, for every unit.
 
         True of a BatchNorm; a linear link keeps what it gets, which is the default.
         """
         return centred
+
+    def divides(self, divided: bool) -> bool:
+        """Whether all that follows its input divides each feature by its own size.
+
+        True of a BatchNorm. A link that acts on every feature by itself hands on what
+        it is above; the default is False.
+        """
+        del divided
+        return False
 
     def takes_away_norm(self, has_bias: bool) -> bool:
         """Whether its output does not depend on the norm of the kernel right before it.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from backmatch_optax.activations import DENSITY
 from backmatch_optax.moments import Moments
 from backmatch_optax.numerics import checked_count
-from backmatch_optax.powers import Positive, magnitudes, number, share
+from backmatch_optax.powers import Positive, magnitudes, measured, number, share
 from backmatch_optax.spec.link import (
     Elementwise,
     Link,
@@ -73,8 +73,7 @@ class _Normalisation(Link):
     def elementwise(self, here: Site) -> Elementwise:
         remaining, scale = self.remaining(here), jnp.float32(1.0)
         if "scale" in here.params:
-            square = here.squared_row_norm("scale")
-            scale = magnitudes([square**0.5])[0]
+            scale = magnitudes([self.scale_square(here) ** 0.5])[0]
 
         def normalised(values: jax.Array) -> jax.Array:
             fixed = jax.lax.stop_gradient(values)  # statistics are constants, BM (36)
@@ -99,13 +98,23 @@ class _Normalisation(Link):
 
     def m_W(self, here: Site, role: str) -> Positive:
         # Each entry acts at every position; the bias on a constant one.
-        unit = self.unit(here) if role == "scale" else number(1.0)
-        return unit * here.positions_out
+        if role == "bias":
+            return here.added(here.positions_out)
+        remaining = self.remaining(here)
+        return (
+            self.unit(here)
+            * here.met(remaining, here.positions_out)
+            / (remaining.variance if here.centred else remaining.q)
+        )
 
     def m_z(self, here: Site) -> Positive:
         # BM (36), LH (24): signal and gradient are divided by the same deviation.
         gain = self.unit(here) / self.remaining(here).q
-        return gain * here.squared_row_norm("scale") if "scale" in here.params else gain
+        return gain * self.scale_square(here) if "scale" in here.params else gain
+
+    def scale_square(self, here: Site) -> Positive:
+        """The mean square of what the normalised signal is multiplied by."""
+        return here.squared_row_norm("scale")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -131,10 +140,14 @@ class BatchNorm(_Normalisation):
 
     def remaining(self, here: Site) -> Moments:
         # A unit's variance over the batch: with the papers' gains all of `q`.
-        return Moments(here.moments.variance)
+        return Moments(here.moments.variance, along=here.moments.along)
 
     def centres(self, centred: bool) -> bool:
         del centred
+        return True
+
+    def divides(self, divided: bool) -> bool:
+        del divided
         return True
 
     def takes_away_norm(self, has_bias: bool) -> bool:
@@ -203,8 +216,9 @@ class GroupNorm(_Normalisation):
         units = here.fan_in // self.num_groups
         spread = here.moments.spread
         if spread is None or units == 1:
-            return Moments(here.moments.variance)
-        return Moments(here.moments.variance, spread * (1.0 - 1.0 / units))
+            return Moments(here.moments.variance, along=here.moments.along)
+        spread = spread * (1.0 - 1.0 / units)
+        return Moments(here.moments.variance, spread, along=here.moments.along)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -214,6 +228,7 @@ class RMSNorm(_Normalisation):
     Args:
       path: where its `scale` lies in the parameters; None for one without.
       epsilon: what it adds to the mean square. It counts with mean-field gains.
+      one_plus: whether the signal is multiplied by `1 + scale`, as in Gemma.
 
     Raises:
       ValueError: where an argument is none of these.
@@ -224,7 +239,17 @@ class RMSNorm(_Normalisation):
       spec.RMSNorm('RMSNorm_0')
     """
 
+    one_plus: bool = dataclasses.field(default=False, kw_only=True)
+
     roles = ("scale",)
+
+    def scale_square(self, here: Site) -> Positive:
+        if not self.one_plus:
+            return super().scale_square(here)
+        factor, floor = 1.0 + here.params["scale"], here.norm_floor
+        return here.once(
+            "one_plus", lambda: measured(jnp.mean(jnp.square(factor)), floor=floor)
+        )
 
     def remaining(self, here: Site) -> Moments:
         return here.moments

@@ -36,6 +36,9 @@ class _Pool(Windowed):
         taps = per_dimension("window_shape", self.window_shape, len(sizes))
         return (*self.window(tuple(sizes), taps).output_sizes(), features)
 
+    def divides(self, divided: bool) -> bool:
+        return divided
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MaxPool(_Pool):
@@ -68,6 +71,11 @@ class MaxPool(_Pool):
         if not here.mean_field:
             return here.moments
         return after_max_pool(here.moments, math.prod(self.window_shape))[0]
+
+    def common_below(self, here: Site) -> Positive | None:
+        # Which value of a window is the largest is another for each window.
+        share = min(here.size_out / here.size_in, 1.0)
+        return None if here.common is None else here.common * share
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -118,6 +126,9 @@ class GlobalAvgPool(Link):
     def m_z(self, here: Site) -> Positive:
         # One window of all positions: 1 / k of a value to k inputs.
         return number(1.0 / here.positions_in**2)
+
+    def common_below(self, here: Site) -> Positive | None:
+        return number(1.0) if here.mean_field else None
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:

@@ -73,6 +73,9 @@ class Reshape(Link):
         met = here.fan_in // math.gcd(here.fan_in, here.fan_out)
         return with_units_mixed(here.moments, met)
 
+    def common_below(self, here: Site) -> Positive | None:
+        return here.common if here.fan_in == here.fan_out else None
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Transpose(Link):
@@ -130,6 +133,9 @@ class Transpose(Link):
         if self.axes[-1] == len(self.axes) - 1:
             return here.moments
         return with_units_mixed(here.moments, here.fan_in)
+
+    def common_below(self, here: Site) -> Positive | None:
+        return here.common if self.axes[-1] == len(self.axes) - 1 else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -214,6 +220,11 @@ class Slice(Link):
     def m_z(self, here: Site) -> Positive:
         return number(here.size_out / here.size_in)
 
+    def common_below(self, here: Site) -> Positive | None:
+        if here.common is None or self.axis == -1:
+            return here.common
+        return here.common * (here.size_out / here.size_in)
+
 
 METHODS = ("nearest", "linear", "bilinear")
 
@@ -279,9 +290,7 @@ class Resize(Link):
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field or self.method == "nearest":
             return here.moments
-        before = here.moments
-        kept = self._squares(here) / here.positions_out
-        return Moments(before.variance * kept, before.spread, before.offset)
+        return here.moments.shrunk(self._squares(here) / here.positions_out)
 
     def m_z(self, here: Site) -> Positive:
         return number(self._squares(here) / here.positions_in)
@@ -310,7 +319,9 @@ def with_units_mixed(before: Moments, met: int) -> Moments:
 
     Their means are unrelated, so that the square of the mean of all is a part of it.
     """
-    if before.spread is None or met == 1:
+    if met == 1:
         return before
+    if before.spread is None:
+        return dataclasses.replace(before, along=None)
     lost = before.spread * (1.0 - 1.0 / met)
     return Moments(before.variance + lost, before.spread / met, before.offset)

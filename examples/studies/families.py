@@ -54,11 +54,11 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """What it makes of a batch."""
-        a = self.layer(x, 8)
-        b = self.layer(nn.max_pool(a, (2, 2), (2, 2)), 16)
-        c = self.layer(nn.max_pool(b, (2, 2), (2, 2)), 32)
-        b = self.layer(jnp.concatenate([self.grow(c, 16), b], axis=-1), 16)
-        a = self.layer(jnp.concatenate([self.grow(b, 8), a], axis=-1), 8)
+        a = self.layer(x, 24)
+        b = self.layer(nn.max_pool(a, (2, 2), (2, 2)), 48)
+        c = self.layer(nn.max_pool(b, (2, 2), (2, 2)), 96)
+        b = self.layer(jnp.concatenate([self.grow(c, 48), b], axis=-1), 48)
+        a = self.layer(jnp.concatenate([self.grow(b, 24), a], axis=-1), 24)
         return nn.Conv(3, (1, 1))(a)
 
     def layer(self, x: jax.Array, features: int) -> jax.Array:
@@ -85,13 +85,13 @@ class MobileNet(nn.Module):
         """What it makes of a batch."""
         norm = functools.partial(nn.BatchNorm, use_running_average=not train)
         conv = functools.partial(nn.Conv, use_bias=False)
-        x = self.activation(norm()(conv(8, (3, 3), 2)(x)))
-        for features, strides in ((8, 1), (16, 2)):
+        x = self.activation(norm()(conv(24, (3, 3), 2)(x)))
+        for features, strides in ((24, 1), (48, 2)):
             inner = 3 * x.shape[-1]
             y = self.activation(norm()(conv(inner, (1, 1))(x)))
             depthwise = conv(inner, (3, 3), strides, feature_group_count=inner)
             y = self.activation(norm()(depthwise(y)))
-            squeezed = nn.relu(nn.Conv(8, (1, 1))(y.mean((1, 2), keepdims=True)))
+            squeezed = nn.relu(nn.Conv(24, (1, 1))(y.mean((1, 2), keepdims=True)))
             y = y * self.gate(nn.Conv(inner, (1, 1))(squeezed))
             y = norm()(conv(features, (1, 1))(y))
             x = x + y if x.shape == y.shape else y
@@ -243,6 +243,41 @@ class Rotary(nn.Module):
         y = jax.nn.dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
         x = x + nn.DenseGeneral(32, axis=(-2, -1))(y)
         return nn.Dense(64)(nn.RMSNorm()(x))
+
+
+class PlusOne(nn.Module):
+    """A division by the root mean square, times one more than a learned scale."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        scale = self.param("scale", nn.initializers.normal(0.1), x.shape[-1:])
+        size = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        return x * size * (1.0 + scale)
+
+
+class Packed(nn.Module):
+    """A decoder of a longer table of positions: `lm1b` and `nlp_seq` of Flax.
+
+    With `plus_one`, the normalisations of its `gemma`.
+    """
+
+    plus_one: bool
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        norm = PlusOne if self.plus_one else nn.LayerNorm
+        normal = nn.initializers.normal(1.0)
+        x = nn.Embed(64, 32, embedding_init=normal)(tokens)
+        table = self.param("positions", normal, (1, 64, 32))
+        x = x + table[:, : tokens.shape[1], :]
+        mask = nn.make_causal_mask(tokens)
+        for _ in range(2):
+            y = norm()(x)
+            x = x + nn.MultiHeadDotProductAttention(4, use_bias=False)(y, mask=mask)
+            x = x + nn.Dense(32)(nn.relu(nn.Dense(64)(norm()(x))))
+        return nn.Dense(64)(norm()(x))
 
 
 class TwoTowers(nn.Module):

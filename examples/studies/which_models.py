@@ -46,6 +46,8 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
     "GPT, fused kernel, RMSNorm": (families.NnxGpt, "NNX", (TOKENS,)),
     "GPT, scanned layers": (families.ScannedGpt(), "Linen", (TOKENS,)),
     "GPT, rotary positions": (families.Rotary(), "Linen", (TOKENS,)),
+    "GPT, longer table (Flax's lm1b)": (families.Packed(False), "Linen", (TOKENS,)),
+    "GPT, norms of Flax's gemma": (families.Packed(True), "Linen", (TOKENS,)),
     "two towers": (families.TwoTowers(), "Linen", (IMAGES, TOKENS)),
     "actor and critic": (families.ActorCritic(), "Linen", (IMAGES,)),
     "LSTM": (families.Recurrent(), "Linen", (TOKENS,)),
@@ -71,9 +73,19 @@ def random_inputs(shapes: Sequence[tuple[int, ...]], batch: int) -> list[jax.Arr
 
 
 def compared(
-    model: Any, chain: spec.LayerChain, inputs: Sequence[jax.Array]
+    model: Any,
+    chain: spec.LayerChain,
+    inputs: Sequence[jax.Array],
+    told: list[str] | None = None,
 ) -> tuple[float, str]:
-    """The largest factor by which a scale is off, and of which layer."""
+    """The largest factor by which a scale is off, and of which layer.
+
+    Args:
+      model: a Linen module, or the class of an NNX one.
+      chain: its chain.
+      inputs: a batch.
+      told: to which the table of `describe` is added.
+    """
     if isinstance(model, nn.Module):
         variables = jax.jit(model.init)(jax.random.key(0), *inputs)
         params = variables["params"]
@@ -90,6 +102,8 @@ def compared(
         def fn(params: Any, *inputs: Any) -> Any:  # pyright: ignore
             return nnx.merge(graphdef, params, others)(*inputs)
 
+    if told is not None:
+        told.append(bmo.describe(chain, params, gains="mean_field"))
     ratios = bmo.compare_scales(
         chain, params, fn, *inputs, key=jax.random.key(2)
     ).ratios

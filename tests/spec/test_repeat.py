@@ -211,6 +211,22 @@ def test_each_layer_counts_in_the_mean_with_its_own_entries(gains, options):
     agrees(layer, params_of(layer, 3), ends=[HEAD], gains=gains, **options)
 
 
+AVERAGED = [spec.GlobalAvgPool(), HEAD]
+
+
+@pytest.mark.parametrize("name", ["mlp", "batch_norm", "gated", "transformer"])
+def test_what_positions_have_in_common_is_handed_on(name):
+    # Below a mean over positions each gets the same cotangent.
+    layer = LAYERS[name]
+    agrees(layer, params_of(layer, 3), ends=AVERAGED, **MEAN_FIELD)
+
+
+def test_a_layer_with_a_mean_in_an_arm_hands_on_what_positions_have_in_common():
+    squeezed = [spec.GlobalAvgPool(), spec.Dense("square"), spec.Activation("sigmoid")]
+    layer = [spec.Dense("down"), spec.Gate([], squeezed)]
+    agrees(layer, params_of(layer, 3), ends=[HEAD], **MEAN_FIELD)
+
+
 NORMED = [spec.LayerNorm(), HEAD]
 
 
