@@ -90,6 +90,7 @@ def backward(
         else:
             n = n * (site.link.m_z(site) * site.q / site.moments_out.q)
         n, common = n.collapsed(_MOST_POWERS), site.common_below
+        common = common and common.collapsed(_MOST_POWERS)
     return n
 
 

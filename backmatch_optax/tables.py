@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -25,6 +26,7 @@ from backmatch_optax.spec.link import Site, every
 from backmatch_optax.spec.windows import shape_text
 from backmatch_optax.text import aligned, by_entry
 
+_FEW = 3  # attentions, after which positions are not yet alike
 _HEADER = ("layer", "path", "kernel", "output", "positions", "q", "m", "scale")
 
 
@@ -103,14 +105,25 @@ def describe(
 
 
 def _approximations(sites: Sequence[Site]) -> Iterator[str]:
-    """A line for each link of the chain whose rule may be far off, and why."""
-    mean_above = False
-    for site in reversed([*every(sites)]):
+    """A line for each reason why rules may be far off, with the links it is about."""
+    found, mean_above = [*every(sites)], False
+    attentions = sum(
+        math.prod(site.arms["value"][-1].stacked) if site.arms["value"] else 1
+        for site in found
+        if isinstance(site.link, _spec.DotProductAttention)
+    )
+    labels: dict[str, list[str]] = {}
+    for site in reversed(found):
         link = site.link
         mean_above |= isinstance(link, _spec.GlobalAvgPool) and not site.mean_field
         reason = link.approximate or (mean_above and link.approximate_below_a_mean)
+        if not reason and attentions > _FEW:
+            reason = link.approximate_in_depth
         if reason:
-            yield f"approximate: {site.label}: {reason}"
+            labels.setdefault(reason, []).append(site.label)
+    for reason, of in labels.items():
+        more = f" and {len(of) - 3} more" if len(of) > 3 else ""
+        yield f"approximate: {', '.join(of[:3])}{more}: {reason}"
 
 
 def _rows(

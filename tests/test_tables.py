@@ -42,3 +42,24 @@ def test_links_that_are_approximate_everywhere_say_so():
     chain = spec.LayerChain([links[1]], input_shape=(4, 8))
     table = bmo.describe(chain, {"head": params["head"]})
     assert "approximate" not in table
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_many_layers_of_attention_are_said_to_be_approximate(stacked):
+    def last(layers: int) -> str:
+        def kernels(path: str, shape: tuple[int, ...]) -> dict[str, dict]:
+            return {path: {"kernel": jnp.ones((layers, *shape) if stacked else shape)}}
+
+        params, names = {}, ["a"] if stacked else [f"a{i}" for i in range(layers)]
+        for name in names:
+            for role in ("query", "key", "value"):
+                params |= kernels(f"{name}/{role}", (4, 2, 2))
+            params |= kernels(f"{name}/out", (2, 2, 4))
+        links = [spec.Residual([spec.Attention(name)]) for name in names]
+        repeated = [spec.Repeat(links, layers)] if stacked else links
+        chain = spec.LayerChain(repeated, input_shape=(6, 4))
+        return bmo.describe(chain, params, gains="mean_field").splitlines()[-1]
+
+    assert "approximate" not in last(3)
+    assert last(5).startswith("approximate: layers[")
+    assert ("and 2 more: many layers" in last(5)) != stacked

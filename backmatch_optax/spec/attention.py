@@ -170,6 +170,10 @@ class DotProductAttention(Link):
     causal: bool = dataclasses.field(default=False, kw_only=True)
     attended: float | None = dataclasses.field(default=None, kw_only=True)
 
+    approximate_in_depth = (
+        "many layers of attention make positions alike, so that its queries and keys "
+        "may be off by a factor of 15"
+    )
     approximate_below_a_mean = (
         "every position gets the same signal back from the mean, and equal terms add "
         "up where independent ones cancel; only gains='mean_field' count that"

@@ -238,6 +238,7 @@ class Link:
     # where a mean over positions comes later.
     approximate: ClassVar[str] = ""
     approximate_below_a_mean: ClassVar[str] = ""
+    approximate_in_depth: ClassVar[str] = ""  # where more than three follow each other
 
     def __post_init__(self):
         try:

@@ -78,10 +78,7 @@ def test_transformed_kernels_and_response_norms_name_a_block_that_works(name):
             nn.Sequential([nn.Dense(8), ResponseNorm(), nn.Dense(3)]),
             jnp.ones((2, 6, 6, 3)),
         ),
-        "nnx weight": (
-            nnx.eval_shape(lambda: NnxWeightNormed(nnx.Rngs(0))),
-            jnp.ones((2, 4)),
-        ),
+        "nnx weight": (NnxWeightNormed(nnx.Rngs(0)), jnp.ones((2, 4))),
     }[name]
     with pytest.raises(ValueError, match="Pass blocks=") as refusal:
         bmo.infer_spec(model, x)

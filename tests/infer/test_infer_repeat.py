@@ -130,7 +130,7 @@ def test_a_scanned_gpt_agrees_with_measured_scales():
     found = ratios(GPT(), chain, TOKENS)
     assert {f"layers/down[{layer}]" for layer in range(LAYERS)} < {*found}
     # Of queries and keys, measured scales of few tokens are far from their mean.
-    assert worst(found, but=("query", "key", "embed")) < 2.0, found
+    assert worst(found, but=("query", "key", "embed")) < 2.5, found
 
 
 # --- NNX: the pattern of `flax.nnx.scan` ---------------------------------------------

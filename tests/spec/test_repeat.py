@@ -214,7 +214,7 @@ def test_each_layer_counts_in_the_mean_with_its_own_entries(gains, options):
 AVERAGED = [spec.GlobalAvgPool(), HEAD]
 
 
-@pytest.mark.parametrize("name", ["mlp", "batch_norm", "gated", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "batch_norm", "transformer"])
 def test_what_positions_have_in_common_is_handed_on(name):
     # Below a mean over positions each gets the same cotangent.
     layer = LAYERS[name]
