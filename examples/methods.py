@@ -1,4 +1,4 @@
-"""The optimizers that are compared, with weight decay; all but AdamW with momentum."""
+"""The optimizers that are compared, with weight decay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from backmatch_optax import spec
 
 # Those the papers compare (BM 4), then what a reader of today would try.
 METHODS = ("sgd", "lars", "lsalr", "backmatch")
-OTHERS = ("adamw", "muon")
+OTHERS = ("backmatch, default", "adamw", "lion", "muon")
+# Followed by `scale_steps_by_backmatch`, which gives the rate a meaning of its own.
+STEPS = ("adamw, steps", "lion, steps", "muon, steps")
 
 # The same budget of rates and decays as backmatch shows what each part of it is worth.
 ABLATIONS = (
@@ -27,7 +29,7 @@ ABLATIONS = (
     "own norm",  # ||W||^2_{2,mu} of the layer itself, nothing of those above
     "fan-in",  # 1 / sqrt(fan-in), as many set their initial weights
 )
-ALL = (*METHODS, *OTHERS, *ABLATIONS)
+ALL = (*METHODS, *OTHERS, *STEPS, *ABLATIONS)
 
 
 def optimizer(
@@ -40,7 +42,7 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer by its name, with decay before everything else as in BM 3.2.
 
-    Where a method defines where its decay goes (LARS, AdamW, Muon), it goes there.
+    LARS, AdamW, Lion and Muon define where their decay goes, and there it goes.
     "backmatch, measured" needs `outputs_fn` with each update.
     """
     decay = optax.add_decayed_weights(weight_decay)
@@ -58,6 +60,8 @@ def optimizer(
             )
         case "adamw":
             return optax.adamw(learning_rate, weight_decay=weight_decay)
+        case "lion":
+            return optax.lion(learning_rate, weight_decay=weight_decay)
         case "muon":
             muon = optax.contrib.muon(
                 learning_rate,
@@ -67,15 +71,34 @@ def optimizer(
                 consistent_rms=0.2,
             )
             return optax.with_extra_args_support(muon)
+        case "adamw, steps" | "lion, steps" | "muon, steps":
+            plain = {
+                "adamw": optax.scale_by_adam(),
+                "lion": optax.scale_by_lion(),
+                # Descends at rate -1; entries of about 1, as the rule expects them.
+                "muon": optax.contrib.muon(
+                    -1.0,
+                    muon_weight_dimension_numbers=_matrices(chain),
+                    consistent_rms=1.0,
+                ),
+            }
+            return optax.chain(
+                plain[method.removesuffix(", steps")],
+                bmo.scale_steps_by_backmatch(chain),
+                decay,
+                optax.scale_by_learning_rate(learning_rate),
+            )
         case "backmatch":
             return optax.chain(decay, papers, sgd)
+        case "backmatch, default":
+            return optax.chain(decay, bmo.scale_by_backmatch(chain), sgd)
         case "backmatch, decay after":
             return optax.chain(papers, decay, sgd)
         case "backmatch, norms kept":
             tx = optax.chain(decay, papers, sgd)
             return bmo.keep_norms(tx, chain)
         case "backmatch, normalized":
-            scale = bmo.scale_by_backmatch(chain, limit=None, normalize=False)
+            scale = bmo.scale_by_backmatch(chain, limit=None)
             return optax.chain(decay, scale, sgd)
         case "backmatch, mean field":
             scale = bmo.scale_by_backmatch(chain, gains="mean_field", normalize=False)

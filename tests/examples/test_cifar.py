@@ -2,7 +2,10 @@
 
 import csv
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -17,7 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from examples import data, methods, models
 from examples.studies import results_file
@@ -27,6 +32,7 @@ from examples.studies.cifar.experiments import (
     EXPERIMENTS,
     LEARNING_RATES,
     WEIGHT_DECAYS,
+    climb,
     learning_rates,
 )
 from examples.training import loss_and_gradient
@@ -306,6 +312,27 @@ def test_a_table_tunes_on_held_out_images_then_runs_the_best(tmp_path, monkeypat
     assert (len(tuning[0]["loss"]), len(final[0]["loss"])) == (1, 2)
 
 
+def test_climbing_takes_the_mean_over_tuning_seeds_and_then_the_best(
+    tmp_path, monkeypatch
+):
+    asked = []
+
+    def accuracies(self, experiment, runs):
+        asked.extend(runs)
+        best = 0.05, 0.0
+        off = [abs(r.learning_rate - best[0]) + r.weight_decay for r in runs]
+        return [1 - o + 0.1 * (r.seed - 7.5) for o, r in zip(off, runs, strict=True)]
+
+    monkeypatch.setattr(cli.Runner, "accuracies", accuracies)
+    arguments = ("--methods", "sgd", "--climb", "--tuning-seeds", "7", "8")
+    run(tmp_path, *arguments, "--seeds", "0", "1")
+    tuning = [r for r in asked if r.tuning]
+    assert len(set(tuning)) == len(tuning) and {r.seed for r in tuning} == {7, 8}
+    final = [r for r in asked if not r.tuning]
+    numbers = {(r.learning_rate, r.weight_decay) for r in final}
+    assert [r.seed for r in final] == [0, 1] and numbers == {(0.05, 0.0)}
+
+
 def test_a_table_is_trained_entry_by_entry(tmp_path):
     table = ("--model", "vgg11", "vgg13", "--width", "0.05", "--epochs", "1")
     grid = ("--methods", "sgd", "--learning-rates", "0.01", "--weight-decays", "0")
@@ -352,21 +379,61 @@ def test_every_method_has_a_grid_of_the_same_size():
     assert {len(decays) for decays in WEIGHT_DECAYS.values()} == {3}
 
 
-@pytest.mark.parametrize("method", [*methods.OTHERS, *methods.ABLATIONS])
-def test_every_method_moves_every_kernel_by_finite_numbers(method):
+def test_no_two_methods_make_the_same_steps_and_all_move_every_kernel():
     model, chain = models.MODELS["lenet"](10, (32, 32, 1))
-    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
-    params, stats = params["params"], params["batch_stats"]
-    tx = methods.optimizer(method, 0.1, chain, weight_decay=1e-3)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 1)), train=False)
+    params, stats = variables["params"], variables["batch_stats"]
     images = jax.random.normal(jax.random.key(1), (8, 32, 32, 1))
+    gradients = [
+        optax.tree.random_like(key, params)
+        for key in jax.random.split(jax.random.key(2))
+    ]
 
     def outputs(params):
         variables = {"params": params, "batch_stats": stats}
         return model.apply(variables, images, train=False)
 
-    updates, _ = tx.update(params, tx.init(params), params, outputs_fn=outputs)
-    for update in jax.tree.leaves(updates):
-        assert np.isfinite(update).all() and float(jnp.abs(update).max()) > 0
+    @functools.partial(jax.jit, static_argnums=0)
+    def two_steps(method: str) -> optax.Params:
+        tx = methods.optimizer(method, 0.1, chain, weight_decay=1e-3)
+        changed, state = params, tx.init(params)
+        for gradient in gradients:
+            arguments = {"outputs_fn": outputs}
+            updates, state = tx.update(gradient, state, changed, **arguments)
+            changed = optax.apply_updates(changed, updates)
+        return jax.tree.map(jnp.subtract, changed, params)
+
+    steps = {}
+    for method in methods.ALL:
+        moved = two_steps(method)
+        for update in jax.tree.leaves(moved):
+            assert np.isfinite(update).all() and np.abs(update).max() > 0, method
+        steps[method] = np.asarray(ravel_pytree(moved)[0])
+    for one, other in itertools.combinations(methods.ALL, 2):
+        apart = np.linalg.norm(steps[one] - steps[other])
+        assert apart > 1e-4 * np.linalg.norm(steps[one]), (one, other)
+
+
+def test_climbing_ends_where_no_neighbour_is_better():
+    asked = []
+
+    def score(candidates):
+        asked.extend(candidates)
+        return {
+            (rate, decay): float("nan")
+            if rate > 0.5
+            else -abs(math.log(rate / 0.2)) - abs(math.log((decay or 1e-5) / 5e-3))
+            for rate, decay in candidates
+        }
+
+    found = climb(score, (0.03, 5e-4))
+    assert max(found, key=lambda c: (found[c] == found[c], found[c])) == (0.2, 5e-3)
+    assert len(asked) == len(set(asked)) == len(found)  # nothing is trained twice
+    beside = {(0.1, 5e-3), (0.5, 5e-3), (0.2, 5e-4), (0.2, 5e-2)}
+    assert beside < set(found)
+    # No decay is an end of its own: there is nothing below.
+    least = climb(lambda c: {key: -key[1] - abs(key[0] - 0.02) for key in c}, (0.02, 1))
+    assert (0.02, 0.0) in least
 
 
 def test_frozen_scales_stay_those_of_the_initial_weights():

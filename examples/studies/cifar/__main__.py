@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from examples import data, methods, models
@@ -35,13 +36,15 @@ from examples.studies.cifar.experiments import (
     EXPERIMENTS,
     LEARNING_RATES,
     WEIGHT_DECAYS,
+    Candidate,
     Experiment,
     Schedule,
+    climb,
     learning_rates,
 )
 from examples.studies.cifar.trainer import OutOfTime, Run, train
 
-TUNING_SEED = 100
+TUNING_SEEDS = (100,)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,7 +78,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=not_negative,
         help="the tuning grid's, for all methods; default: each method's own five",
     )
-    add("--tune", action="store_true", help="the tuning grid alone")
+    add(
+        "--climb",
+        action="store_true",
+        help="tune from the middle of the grid to the best of its neighbours, until "
+        "none is better, instead of the whole grid",
+    )
+    add(
+        "--tuning-seeds",
+        nargs="+",
+        type=whole(0),
+        default=list(TUNING_SEEDS),
+        help="held-out accuracies are means over these; default: 100",
+    )
+    add("--tune", action="store_true", help="the tuning alone")
     add(
         "--tuning-epochs",
         type=whole(1),
@@ -117,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--momentum",
         type=functools.partial(not_negative, below=1),
-        help="of every method but AdamW and Muon",
+        help="of every method but AdamW, Lion and Muon",
     )
     add(
         "--dtype",
@@ -227,12 +243,21 @@ def run_method(
         )
         rates = options.learning_rates or learning_rates(method, protocol)
         decays = options.weight_decays or WEIGHT_DECAYS[method]
-        candidates = list(itertools.product(rates, decays))
-        held_out = runner.accuracies(
-            short, [Run(method, *c, TUNING_SEED, tuning=True) for c in candidates]
-        )
-        scores = dict(zip(candidates, held_out, strict=True))
-        chosen = best(scores, each_decay=bool(options.weight_decays))
+
+        def held_out(candidates: Sequence[Candidate]) -> dict[Candidate, float]:
+            """The mean over the tuning seeds; NaN where one diverged."""
+            seeds = options.tuning_seeds
+            runs = [Run(method, *c, s, tuning=True) for c in candidates for s in seeds]
+            found = np.reshape(runner.accuracies(short, runs), (-1, len(seeds)))
+            return dict(zip(candidates, found.mean(1).tolist(), strict=True))
+
+        if options.climb:
+            middle = sorted(rates)[len(rates) // 2], sorted(decays)[len(decays) // 2]
+            scores = climb(held_out, middle)
+        else:
+            scores = held_out(list(itertools.product(rates, decays)))
+        each_decay = bool(options.weight_decays) and not options.climb
+        chosen = best(scores, each_decay=each_decay)
     if not options.tune:
         runner.accuracies(
             protocol, [Run(method, *c, seed) for c in chosen for seed in options.seeds]
@@ -255,9 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> bool:
     return True
 
 
-def best(
-    scores: dict[tuple[float, float], float], *, each_decay: bool
-) -> list[tuple[float, float]]:
+def best(scores: dict[Candidate, float], *, each_decay: bool) -> list[Candidate]:
     """The candidates with the best score, of all or for each decay; NaN is worst."""
     key = lambda c: scores[c] if scores[c] == scores[c] else -1.0  # noqa: E731
     if not each_decay:
