@@ -262,7 +262,7 @@ def _scores(
         if len(at.flow) != 1:
             raise Unknown(node, f"the logits of attention come from {at.op}")
         others = [operand for operand in at.operands if not operand.flows]
-        if at.op in ("mul", "div") and at.operands[0].flows:
+        if at.op == "mul" or (at.op == "div" and at.operands[0].flows):
             constant = _constant(others[0])
             if constant is None:
                 what = description(others[0])

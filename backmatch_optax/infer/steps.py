@@ -8,6 +8,7 @@ again that went apart, or one of the user's blocks.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -222,6 +223,9 @@ class _Cutter:
             if unknown.block is None:
                 raise
             raise Unknown(step.node, unknown.reason, unknown.block) from None
+        if step.joins == "attention":
+            query, key, value = arms
+            arms = [query, key, _parted(key, value)]
         return dataclasses.replace(step, arms=arms)
 
 
@@ -307,6 +311,23 @@ def _apart(first: Sequence[Step], second: Sequence[Step]) -> bool:
     ]
     (one, other) = (cut or (-1, 0, 0, 1) for cut in cuts)
     return one[0] == other[0] >= 0 and (one[2] <= other[1] or other[2] <= one[1])
+
+
+def _parted(key: Sequence[Step], value: Sequence[Step]) -> list[Step]:
+    """The steps to the values, where one kernel makes both keys and values.
+
+    What the two have in common comes again for the values. Of its parameters each takes
+    a part that the other does not, so that the curvatures of the two uses add.
+    """
+    pairs = itertools.takewhile(
+        lambda pair: pair[0].node is pair[1].node and not pair[0].arms,
+        zip(key, value, strict=False),
+    )
+    count = sum(1 for _ in pairs)
+    if not _apart(key[count:], value[count:]):
+        return [*value]
+    shared = [dataclasses.replace(step, again=True) for step in value[:count]]
+    return [*shared, *value[count:]]
 
 
 def _has_kernel(link: Any) -> bool:

@@ -259,7 +259,7 @@ class PlusOne(nn.Module):
 class Packed(nn.Module):
     """A decoder of a longer table of positions: `lm1b` and `nlp_seq` of Flax.
 
-    With `plus_one`, the normalisations of its `gemma`.
+    With `plus_one`, normalisations by one more than a scale.
     """
 
     plus_one: bool
@@ -278,6 +278,111 @@ class Packed(nn.Module):
             x = x + nn.MultiHeadDotProductAttention(4, use_bias=False)(y, mask=mask)
             x = x + nn.Dense(32)(nn.relu(nn.Dense(64)(norm()(x))))
         return nn.Dense(64)(norm()(x))
+
+
+class OnePlus(nnx.Module):
+    """`PlusOne` in NNX."""
+
+    def __init__(self, features: int, rngs: nnx.Rngs):
+        self.scale = nnx.Param(0.1 * jax.random.normal(rngs.params(), (features,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        size = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        return x * size * (1.0 + self.scale[...])
+
+
+class EinsumAttention(nnx.Module):
+    """Causal attention of 4 heads whose kernels are those of Einsums.
+
+    With fewer heads of keys and values, several queries share one. With `bounded`, the
+    logits are bounded by a tanh; with `normed`, queries and keys are normalised.
+    """
+
+    def __init__(self, shared: int, bounded: bool, normed: bool, rngs: nnx.Rngs):
+        self.shared, self.bounded, self.normed = shared, bounded, normed
+        normal = nnx.initializers.normal(32**-0.5)
+        einsum = functools.partial(nnx.Einsum, kernel_init=normal, rngs=rngs)
+        if shared == 4:
+            self.qkv = einsum("BTD,SNDH->SBTNH", (3, 4, 32, 8))
+        else:
+            self.q = einsum("BTD,NDH->BTNH", (4, 32, 8))
+            self.kv = einsum("BTD,CKDH->CBTKH", (2, shared, 32, 8))
+        if normed:
+            self.q_norm, self.k_norm = (OnePlus(8, rngs) for _ in range(2))
+        self.out = einsum("BTNH,NHD->BTD", (4, 8, 32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        if self.shared == 4:
+            q, k, v = self.qkv(x)
+        else:
+            q, (k, v) = self.q(x), self.kv(x)
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotated(q) * 8**-0.5, self.rotated(k)
+        q = q.reshape((*q.shape[:2], self.shared, -1, 8))
+        logits = jnp.einsum("BTKGH,BSKH->BTKGS", q, k)
+        if self.bounded:
+            logits = 50 * jnp.tanh(logits / 50)
+        length = x.shape[1]
+        mask = jnp.tril(jnp.ones((length, length), bool))[:, None, None]
+        weights = nnx.softmax(jnp.where(mask, logits, -2e38), axis=-1)
+        y = jnp.einsum("BTKGS,BSKH->BTKGH", weights, v)
+        return self.out(y.reshape((*y.shape[:2], 4, 8)))
+
+    def rotated(self, heads: jax.Array) -> jax.Array:
+        """Rotary positions."""
+        angles = jnp.arange(heads.shape[1])[:, None] * 100.0 ** (-jnp.arange(4) / 4)
+        sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
+        a, b = jnp.split(heads, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class GemmaLayer(nnx.Module):
+    """A layer of `Gemma`: normalisations before and after, and a gated GELU."""
+
+    def __init__(self, shared: int, bounded: bool, normed: bool, rngs: nnx.Rngs):
+        self.norms = nnx.List([OnePlus(32, rngs) for _ in range(4)])
+        self.attention = EinsumAttention(shared, bounded, normed, rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.gate, self.up = linear(32, 64), linear(32, 64)
+        self.down = linear(64, 32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = x + self.norms[1](self.attention(self.norms[0](x)))
+        y = self.norms[2](x)
+        y = self.down(nnx.gelu(self.gate(y)) * self.up(y))
+        return x + self.norms[3](y)
+
+
+class Gemma(nnx.Module):
+    """A decoder as in Flax's `gemma`, with one kernel for keys and values, or all."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shared: int = 2,
+        bounded: bool = False,
+        normed: bool = False,
+        depth: int = 2,
+    ):
+        normal = nnx.initializers.normal(1.0)
+        self.embed = nnx.Embed(64, 32, embedding_init=normal, rngs=rngs)
+        self.layers = nnx.List(
+            [GemmaLayer(shared, bounded, normed, rngs) for _ in range(depth)]
+        )
+        self.norm = OnePlus(32, rngs)
+        self.bounded = bounded
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = self.embed(tokens) * jnp.sqrt(32.0)
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.embed.attend(self.norm(x))
+        return 30 * jnp.tanh(logits / 30) if self.bounded else logits
 
 
 class TwoTowers(nn.Module):

@@ -10,6 +10,7 @@ measured one, with mean-field gains.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,18 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
     "GPT, scanned layers": (families.ScannedGpt(), "Linen", (TOKENS,)),
     "GPT, rotary positions": (families.Rotary(), "Linen", (TOKENS,)),
     "GPT, longer table (Flax's lm1b)": (families.Packed(False), "Linen", (TOKENS,)),
-    "GPT, norms of Flax's gemma": (families.Packed(True), "Linen", (TOKENS,)),
+    "GPT, norms by 1 + scale": (families.Packed(True), "Linen", (TOKENS,)),
+    "Flax's gemma": (families.Gemma, "NNX", (TOKENS,)),
+    "Flax's gemma, one kernel": (
+        functools.partial(families.Gemma, shared=4, bounded=True, depth=1),
+        "NNX",
+        (TOKENS,),
+    ),
+    "Flax's gemma, queries and keys normalised": (
+        functools.partial(families.Gemma, shared=1, normed=True, depth=1),
+        "NNX",
+        (TOKENS,),
+    ),
     "two towers": (families.TwoTowers(), "Linen", (IMAGES, TOKENS)),
     "actor and critic": (families.ActorCritic(), "Linen", (IMAGES,)),
     "LSTM": (families.Recurrent(), "Linen", (TOKENS,)),
