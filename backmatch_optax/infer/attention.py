@@ -5,7 +5,6 @@ The weights of attention are a softmax of queries times keys.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -112,7 +111,7 @@ def attention(node: Node) -> Step:
         attended=attended,
     )
     ends = (query, key, values)
-    source = functools.reduce(graph.common_dominator, ends)
+    source = graph.common_dominators(ends)
     return Step(node, source, ends=ends, joins="attention", heads=heads, opaque=True)
 
 

@@ -134,6 +134,17 @@ class Links:
                 "it into a module of its own, such as nn.Dense or nnx.Linear",
             )
 
+    def keep(self, node: Node, links: Links) -> None:
+        """Adds other links in which what these put out is recalled.
+
+        Args:
+          node: what stands for it there.
+          links: those links, which begin at another input.
+        """
+        self.become(node.shape[1:], node)
+        inside = [_spec.Input(links.start), *links.links]
+        self._put(_spec.Memory(inside), links.shape)
+
     # --- Shapes ------------------------------------------------------------------
 
     def _repeats(self) -> bool:
@@ -533,6 +544,8 @@ class Links:
         other = other and begin is not self.context.main
         shape = begin.shape[1:] if other else self.shape
         axes = self.axes if step.source.op != "inputs" else None
+        if begin.op == "memory":
+            shape, axes = begin.shape[1:], None
         side = Links(self.context, shape, axes, leading=other)
         for inner in arm:
             side.add(inner)
@@ -541,6 +554,9 @@ class Links:
         if other:
             side.links.insert(0, _spec.Input(side.start))
             side.leading = False
+        if begin.op == "memory":
+            side.links.insert(0, _spec.Recall(begin.shape[1:]))
+            side.shapes.insert(0, begin.shape[1:])
         return side
 
     def _gated(self, sides: list[Links], step: Step) -> list[Links]:
@@ -649,7 +665,8 @@ class Links:
         if not isinstance(last, _spec.DenseGeneral) or path[2] != "out":
             return
         begin = before.key[0] if before.key else None
-        memory = begin.shape if isinstance(begin, _spec.Input) else None
+        memory: Any = begin.shape if isinstance(begin, _spec.Input) else None
+        memory = begin if isinstance(begin, _spec.Recall) else memory
         options: Any = {"causal": before.causal, "attended": before.attended}
         whole = _spec.Attention(path[0], memory=memory, **options)
         if whole.arms["attention"] == (before, last):

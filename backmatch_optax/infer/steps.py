@@ -55,24 +55,38 @@ def chain(
     Raises:
       Unknown: where something on the way is neither a link nor one of the blocks.
     """
-    start, main = _beginning(output)
-    cutter = _Cutter(Blocks(blocks, output, params))
-    while True:
-        links = Links(Context(params, measure, main), main.shape[1:], leading=True)
-        cutter.blocks.used.clear()
-        try:
-            for step in cutter.steps(output, start):
-                links.add(step)
-            links.finish(output)
-            break
-        except Unknown as unknown:
-            if not cutter.takes(unknown):
-                raise
+    kept = graph.memory(output)
+    used: set[_spec.Block] = set()
+
+    def along(end: Node, params_used: dict[str, Node]) -> Links:
+        start, main = _beginning(end)
+        cutter = _Cutter(Blocks(blocks, end, params))
+        while True:
+            given = Context(params, measure, main, dict(params_used))
+            links = Links(given, main.shape[1:], leading=True)
+            cutter.blocks.used.clear()
+            try:
+                for step in cutter.steps(end, start):
+                    links.add(step)
+                links.finish(end)
+                break
+            except Unknown as unknown:
+                if not cutter.takes(unknown):
+                    raise
+        used.update(cutter.blocks.used)
+        return links
+
+    if kept is None:
+        links = along(output, {})
+    else:
+        links = along(kept, {})
+        above, given = graph.kept_apart(output, kept)
+        links.keep(given, along(above, links.context.used))
     try:
         found = _spec.LayerChain(links.links, input_shape=links.start)
     except ValueError as error:
         raise Unknown(output, f"its links make no chain: {error}") from None
-    return found, cutter.blocks.used
+    return found, used
 
 
 def _beginning(output: Node) -> tuple[Node, Node]:
@@ -120,7 +134,7 @@ class _Cutter:
         """
         trail: list[tuple[Iterator[Step | Unknown], Step]] = []
         node, failure = end, None
-        while node is not start and node.op != "input":
+        while node is not start and node.op not in ("input", "memory"):
             options = self._options(node, start)
             step, reason = _next_step(options)
             failure = failure or (None if step else reason)

@@ -24,6 +24,7 @@ from backmatch_optax.spec.link import (
     check_path,
     checked_links,
 )
+from backmatch_optax.spec.memory import Recall
 from backmatch_optax.spec.windows import checked_shape
 
 
@@ -412,7 +413,8 @@ class Attention(Link):
       attended: the effective number of positions that a query attends to; None leaves
         it to the size of the logits. See `DotProductAttention`.
       memory: for cross attention, the shape of the other input, (positions, features),
-        that keys and values are made of; its second moment counts as 1.
+        that keys and values are made of; its second moment counts as 1. A `Recall`
+        where they are made of what a `Memory` keeps.
 
     Raises:
       ValueError: where `path` is not names joined by single slashes, `attended` is not
@@ -432,14 +434,16 @@ class Attention(Link):
     path: str
     causal: bool = dataclasses.field(default=False, kw_only=True)
     attended: float | None = dataclasses.field(default=None, kw_only=True)
-    memory: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
+    memory: Sequence[int] | Recall | None = dataclasses.field(
+        default=None, kw_only=True
+    )
 
     adds_arms = True
 
     def validate(self) -> None:
         check_path(self.path)
         self._canonical(attended=_checked_attended(self.attended))
-        if self.memory is not None:
+        if self.memory is not None and not isinstance(self.memory, Recall):
             self._canonical(memory=checked_shape("memory", self.memory))
 
     @property
@@ -447,7 +451,10 @@ class Attention(Link):
         def dense(name: str) -> Link:
             return DenseGeneral(f"{self.path}/{name}" if self.path else name)
 
-        other = [] if self.memory is None else [Input(self.memory)]
+        other: list[Link] = []
+        if self.memory is not None:
+            recall = isinstance(self.memory, Recall)
+            other = [self.memory if recall else Input(self.memory)]
         joined = DotProductAttention(
             [dense("query")],
             [*other, dense("key")],

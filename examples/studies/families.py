@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Function = Callable[[jax.Array], jax.Array]
@@ -429,3 +430,49 @@ class Variational(nn.Module):
         mean, deviation = nn.Dense(8)(x), jnp.exp(0.5 * nn.Dense(8)(x))
         noise = jax.random.normal(self.make_rng("params"), mean.shape)
         return nn.Dense(64)(nn.relu(nn.Dense(32)(mean + noise * deviation)))
+
+
+class Translation(nn.Module):
+    """An encoder that several layers of a decoder attend to: Flax's `wmt`."""
+
+    shared: bool = False  # one table for both languages, and for the logits
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        normal = nn.initializers.normal(1.0)
+        table = functools.partial(nn.Embed, 64, 32, embedding_init=normal)
+        read = table(name="read")
+        write = read if self.shared else table(name="write")
+        seen = nn.make_attention_mask(source > 0, source > 0)
+        x = self.placed(read(source))
+        for _ in range(self.depth):
+            x = x + self.attention()(nn.LayerNorm()(x), mask=seen)
+            x = x + self.mlp(nn.LayerNorm()(x))
+        encoded = nn.LayerNorm()(x)
+        seen = nn.combine_masks(
+            nn.make_attention_mask(target > 0, target > 0), nn.make_causal_mask(target)
+        )
+        across = nn.make_attention_mask(target > 0, source > 0)
+        y = self.placed(write(jnp.pad(target, ((0, 0), (1, 0)))[:, :-1]))
+        for _ in range(self.depth):
+            y = y + self.attention()(nn.LayerNorm()(y), mask=seen)
+            y = y + self.attention()(nn.LayerNorm()(y), encoded, mask=across)
+            y = y + self.mlp(nn.LayerNorm()(y))
+        y = nn.LayerNorm()(y)
+        return write.attend(y) / 32**0.5 if self.shared else nn.Dense(64)(y)
+
+    def attention(self) -> Any:
+        """Attention without biases."""
+        return nn.MultiHeadDotProductAttention(4, use_bias=False)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """Two layers and a ReLU."""
+        return nn.Dense(32)(nn.relu(nn.Dense(64)(x)))
+
+    def placed(self, x: jax.Array) -> jax.Array:
+        """With sines and cosines for its positions."""
+        place = np.arange(64)[:, None] * 100.0 ** (-np.arange(16) / 16)
+        table = np.concatenate([np.sin(place), np.cos(place)], axis=1)
+        return x + jnp.asarray(table, x.dtype)[None, : x.shape[1]]
