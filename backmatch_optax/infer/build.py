@@ -592,6 +592,8 @@ class Links:
         key._heads_together(heads.key, node)
         value._heads_together(heads.value, node)
         length = step.ends[0].shape[heads.query.index("d")]
+        if any(isinstance(link, _spec.Recall) for link in key.links[:1]):
+            factor *= self._hand_over(query)
         query._scale(factor * math.sqrt(length), step)
         link = _spec.DotProductAttention(
             query.links,
@@ -609,6 +611,24 @@ class Links:
             for found in heads.out
         )
         return link, axes
+
+    def _hand_over(self, query: Links) -> float:
+        """Gives an arm the last kernel: of the arms it alone begins with the signal.
+
+        Returns:
+          A factor that stood behind it.
+        """
+        factor = self._pop_scale()
+        last = self.links[-1] if self.links else None
+        if not query.links and isinstance(last, _spec.Dense | _spec.DenseGeneral):
+            query.links.append(self.links.pop())
+            self.shape = self.shapes.pop()
+            query.shapes.append(self.shape)
+            query.start = self.shape
+        elif factor != 1.0:
+            self._put(_spec.Scale(factor), self.shape)
+            factor = 1.0
+        return factor
 
     def _heads_together(self, roles: str, node: Node) -> list[Axis]:
         """Makes an arm's shape (positions, features), and says where its axes went."""

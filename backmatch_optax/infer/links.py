@@ -338,8 +338,12 @@ def positions(node: Node) -> Step | None:
             looked_up = [_spec.Input(rows.shape), _spec.Embed(path[1:])]
             return Step(node, signal, [_spec.Residual([], looked_up)])
         if len(sizes) > 1 and not added.origins - {"array"} and node.op != "add_any":
-            size = float(np.sqrt(np.mean(_all_entries(added) ** 2)))
-            constants = [_spec.Input(node.shape[1:]), _spec.Scale(float(f"{size:.4g}"))]
+            values = _all_entries(added)
+            square = np.mean(values**2)
+            means = values.mean(axis=tuple(range(values.ndim - 1)))
+            share = min(float(f"{np.mean(means**2) / square:.2g}"), 0.99)
+            size = float(f"{np.sqrt(square):.4g}")
+            constants = [_spec.Input(node.shape[1:], common=share), _spec.Scale(size)]
             return Step(node, signal, [_spec.Residual([], constants)])
     except (graph.Unmatched, ValueError):
         pass

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax.moments import Moments
-from backmatch_optax.powers import Positive, applied
+from backmatch_optax.powers import Positive, applied, number
 from backmatch_optax.spec.composite import Input
 from backmatch_optax.spec.link import (
     Link,
@@ -181,8 +181,10 @@ class DotProductAttention(Link):
     nearly the same: a share `1 / positions` of `V` is common to all positions, and a
     mean over positions keeps it. Backward, where all positions get the same cotangent
     from such a mean, the terms of a value add up to it instead of cancelling:
-    `m_value = m`. Causal weights are larger for the first positions, `m_value = 2 m`
-    for many. Both count with mean-field gains.
+    `m_value = m`. Without a mean above, too, values get nearly the same back at all
+    positions where weights are nearly uniform: as these sum to 1, a share
+    `m / (positions m_value)`. Causal weights are larger for the first positions,
+    `m_value = 2 m` for many. All this counts with mean-field gains.
 
     **Assumptions.** Positions are unrelated about their units' means, the input is
     white, and kernels are random. A bias of the values passes whole, but this rule
@@ -291,12 +293,18 @@ class DotProductAttention(Link):
         return self._gain(here, "chosen") * of * value.variance * uses
 
     def arm_common(self, here: Site, arm: int) -> Positive | None:
-        if here.common is None or arm == 1:  # what all keys get sums to zero
+        if arm == 1 or not here.mean_field:  # what all keys get sums to zero
             return None
-        if arm == 0:
-            return here.common * self._gain(here, "agreed")
         queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
-        return here.common * (queries / keys) / self._handed(here)
+        if arm == 2:  # weights sum to 1: the mean over keys is a mean over queries
+            handed = self._handed(here) * keys
+            one = number(1.0)
+            return (
+                one if here.common is None else one + here.common * (queries - 1.0)
+            ) / handed
+        if here.common is None:
+            return None
+        return here.common * self._gain(here, "agreed")
 
     def _handed(self, here: Site) -> Positive:
         """What a value is handed, each head's `m` being 1."""

@@ -473,6 +473,6 @@ class Translation(nn.Module):
 
     def placed(self, x: jax.Array) -> jax.Array:
         """With sines and cosines for its positions."""
-        place = np.arange(64)[:, None] * 100.0 ** (-np.arange(16) / 16)
+        place = np.arange(64)[:, None] * 1e4 ** (-np.arange(16) / 15)
         table = np.concatenate([np.sin(place), np.cos(place)], axis=1)
         return x + jnp.asarray(table, x.dtype)[None, : x.shape[1]]

@@ -60,6 +60,8 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
         "NNX",
         (TOKENS,),
     ),
+    "Flax's wmt": (families.Translation(), "Linen", (TOKENS, (12,))),
+    "Flax's wmt, one table": (families.Translation(True), "Linen", (TOKENS, (12,))),
     "two towers": (families.TwoTowers(), "Linen", (IMAGES, TOKENS)),
     "actor and critic": (families.ActorCritic(), "Linen", (IMAGES,)),
     "LSTM": (families.Recurrent(), "Linen", (TOKENS,)),

@@ -671,7 +671,7 @@ CONSTRUCTS |= {
         lambda _, x: nn.tanh(x) + jnp.sin(jnp.arange(30.0).reshape(5, 6)),
         [
             spec.Activation("tanh"),
-            spec.Residual([], [spec.Input((5, 6)), spec.Scale(0.6967)]),
+            spec.Residual([], [spec.Input((5, 6), common=0.84), spec.Scale(0.6967)]),
         ],
         (2, 5, 6),
     ),
