@@ -460,9 +460,10 @@ class Attention(Link):
             return DenseGeneral(f"{self.path}/{name}" if self.path else name)
 
         other: list[Link] = []
-        if self.memory is not None:
-            recall = isinstance(self.memory, Recall)
-            other = [self.memory if recall else Input(self.memory)]
+        if isinstance(self.memory, Recall):
+            other = [self.memory]
+        elif self.memory is not None:
+            other = [Input(self.memory)]
         joined = DotProductAttention(
             [dense("query")],
             [*other, dense("key")],

@@ -1,5 +1,7 @@
 """Models with an encoder whose output is read several times."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,9 +34,10 @@ def normed(index: int, *links: spec.Link) -> spec.Link:
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_encoder_that_a_decoder_attends_to(shared):
     chain = infer_spec(families.Translation(shared, depth=2), SOURCE, TARGET)
-    recall, (read, placed) = spec.Recall((9, 32)), chain.layers[:2]
+    links: Any = chain.layers
+    recall, (read, placed) = spec.Recall((9, 32)), links[:2]
     assert read == spec.Embed("read")
-    *encoder, memory = chain.layers[2:]
+    *encoder, memory = links[2:]
     assert encoder == [
         normed(0, attention(0)),
         normed(1, *mlp(0)),
