@@ -476,3 +476,73 @@ class Translation(nn.Module):
         place = np.arange(64)[:, None] * 1e4 ** (-np.arange(16) / 15)
         table = np.concatenate([np.sin(place), np.cos(place)], axis=1)
         return x + jnp.asarray(table, x.dtype)[None, : x.shape[1]]
+
+
+class MnistNet(nnx.Module):
+    """Convolutions with BatchNorm and average pooling: Flax's `mnist`."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv_1 = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.conv_2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.norm_1, self.norm_2 = (nnx.BatchNorm(n, rngs=rngs) for n in (16, 32))
+        self.dense_1 = nnx.Linear(512, 64, rngs=rngs)
+        self.dense_2 = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        for conv, norm in ((self.conv_1, self.norm_1), (self.conv_2, self.norm_2)):
+            x = nnx.avg_pool(nnx.relu(norm(conv(x))), (2, 2), (2, 2))
+        return self.dense_2(nnx.relu(self.dense_1(x.reshape((len(x), -1)))))
+
+
+class Tagger(nn.Module):
+    """A label for each word, from attention in both directions: Flax's `nlp_seq`."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        place = np.arange(64)[:, None] * 1e4 ** (-np.arange(0, 32, 2) / 32)
+        table = np.stack([np.sin(place), np.cos(place)], axis=2).reshape(1, 64, 32)
+        x = nn.Embed(64, 32, embedding_init=nn.initializers.normal(1.0))(tokens)
+        x = x + jnp.asarray(table, x.dtype)[:, : tokens.shape[1]]
+        for _ in range(2):
+            y = nn.LayerNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(4, use_bias=False)(y)
+            x = x + nn.Dense(32)(nn.elu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(16)(nn.LayerNorm()(x))
+
+
+class WeightedMean(nn.Module):
+    """A mean of words, weighted by what is made of each of them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        scores = nn.Dense(1, use_bias=False)(
+            nn.tanh(nn.Dense(32, use_bias=False)(x))
+        ).squeeze(-1)
+        return (jnp.expand_dims(nn.softmax(scores), 1) @ x).squeeze(1)
+
+
+class Sentiment(nn.Module):
+    """An LSTM in both directions, and a weighted mean of the words: Flax's `sst2`."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Embed(64, 32)(tokens)
+        ahead, back = (nn.RNN(nn.LSTMCell(16)) for _ in range(2))
+        x = WeightedMean()(nn.Bidirectional(ahead, back)(x))
+        return nn.Dense(1, use_bias=False)(nn.tanh(nn.Dense(32)(x)))
+
+
+class Adder(nn.Module):
+    """An LSTM that reads and one that writes, over vectors: Flax's `seq2seq`."""
+
+    @nn.compact
+    def __call__(self, read: jax.Array, written: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        reader = nn.RNN(nn.LSTMCell(32), return_carry=True, name="reader")
+        carry, _ = reader(read)
+        writer = nn.RNN(nn.LSTMCell(32), name="writer")
+        return nn.Dense(16)(writer(written, initial_carry=carry))
