@@ -41,7 +41,7 @@ def test_what_is_refused_names_a_block_that_works(name):
 
 def test_what_has_only_measured_scales_says_so():
     model, _, shapes = which_models.MODELS[WITHOUT]
-    with pytest.raises(ValueError, match="scan is a loop.* Use measured scales"):
+    with pytest.raises(ValueError, match=r"scan is a loop.* Use measured scales"):
         bmo.infer_spec(model, *which_models.random_inputs(shapes, 4))
 
 
@@ -100,7 +100,7 @@ class Inner(nn.Module):
     [
         ("weight", ""),
         ("weight alone", "layers_0"),
-        ("spectral", "Dense_1"),
+        ("spectral", "Dense_0"),
         ("response", "layers_1"),
         ("nnx weight", "inner"),
         ("nnx spectral", "inner/layer_instance"),
