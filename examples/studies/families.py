@@ -532,7 +532,8 @@ class Sentiment(nn.Module):
         """What it makes of a batch."""
         x = nn.Embed(64, 32)(tokens)
         ahead, back = (nn.RNN(nn.LSTMCell(16)) for _ in range(2))
-        x = WeightedMean()(nn.Bidirectional(ahead, back)(x))
+        both: Any = nn.Bidirectional(ahead, back)(x)
+        x = WeightedMean()(both)
         return nn.Dense(1, use_bias=False)(nn.tanh(nn.Dense(32)(x)))
 
 

