@@ -20,7 +20,7 @@ import optax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.spec.link import Shape, Site, kind_of, own_path
+from backmatch_optax.spec.link import Shape, Site, every, kind_of, own_path
 
 Unlisted = Literal["error", "identity"]
 
@@ -288,6 +288,9 @@ def _locate_links(
                     "layers takes what the one before puts out"
                 )
         site = Site(link, label, shape, after, params, arms, stacked)
+        if isinstance(link, _spec.Memory):
+            with _naming(name, f"{source} has shape {shape}"):
+                link.bind(site, [*every(arms["links"])])
         if path is not None:
             first = paths.first_uses.setdefault(path, site)
             if first is not site:

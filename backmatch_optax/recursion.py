@@ -115,6 +115,9 @@ def _through_arms(site: Site) -> Positive:
         # Of `n` times the size of the signal: what becomes of it inside the arm.
         size = math.prod(site.arm_shapes[index]) / site.size_in
         shares.append(n / top / size)
+    # What is used more than once: curvatures add up (see `Memory`).
+    returned += [recall.n for recall in site.recalled]
+    in_common += [recall.common for recall in site.recalled]
     site.common_below = _mean_share(returned, in_common)
     if site.m_z_of_arms is not None:
         return m * site.m_z_of_arms * site.q
@@ -157,6 +160,7 @@ def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
         centred = site.link.centres(centred)
         for _ in range(_times(site)):
             centred = all([mark_centred(arm, centred) for arm in site.arms.values()])
+        centred = centred and all(recall.centred for recall in site.recalled)
     return centred
 
 
@@ -179,6 +183,7 @@ def mark_divided(sites: Sequence[Site], divided: bool = False) -> bool:
             divided = divided and mark_divided(site.arms["chain"], divided)
         if site.arms:
             divided = all([mark_divided(arm, divided) for arm in site.arms.values()])
+        divided = divided and all(recall.divided for recall in site.recalled)
     return divided
 
 

@@ -5,7 +5,6 @@ The weights of attention are a softmax of queries times keys.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -112,7 +111,7 @@ def attention(node: Node) -> Step:
         attended=attended,
     )
     ends = (query, key, values)
-    source = functools.reduce(graph.common_dominator, ends)
+    source = graph.common_dominators(ends)
     return Step(node, source, ends=ends, joins="attention", heads=heads, opaque=True)
 
 
@@ -262,7 +261,7 @@ def _scores(
         if len(at.flow) != 1:
             raise Unknown(node, f"the logits of attention come from {at.op}")
         others = [operand for operand in at.operands if not operand.flows]
-        if at.op in ("mul", "div") and at.operands[0].flows:
+        if at.op == "mul" or (at.op == "div" and at.operands[0].flows):
             constant = _constant(others[0])
             if constant is None:
                 what = description(others[0])

@@ -96,8 +96,8 @@ class Blocks:
                 break
             source = source.dominator  # to where derivatives begin
         inside = set(graph.above(node, until=source))
-        if source.op == "inputs":
-            raise Unknown(node, f"{block} has several inputs of the model as its own")
+        if source.op == "inputs" or any(found.op == "memory" for found in inside):
+            raise Unknown(node, f"{block} has several signals as its input")
         if nodes - inside or source.depth < start.depth:
             raise Unknown(node, f"{block} has several signals as its output", block)
         uses = frozenset().union(*(found.uses for found in inside))

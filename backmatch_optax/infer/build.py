@@ -107,6 +107,9 @@ class Links:
             self._resize(step, *step.resized)
         elif step.taken:
             self._slice(step, *step.taken)
+            if len(node.shape) < len(self.axes):  # of one entry, whose axis is gone
+                axis = step.taken[0]
+                self.axes = self.axes[:axis] + self.axes[axis + 1 :]
         else:
             self._append_all(step)
         size = math.prod(_lengths(self.axes))
@@ -130,6 +133,17 @@ class Links:
                 "parameters at the top of the model make a layer without a name. Put "
                 "it into a module of its own, such as nn.Dense or nnx.Linear",
             )
+
+    def keep(self, node: Node, links: Links) -> None:
+        """Adds other links in which what these put out is recalled.
+
+        Args:
+          node: what stands for it there.
+          links: those links, which begin at another input.
+        """
+        self.become(node.shape[1:], node)
+        inside = [_spec.Input(links.start), *links.links]
+        self._put(_spec.Memory(inside), links.shape)
 
     # --- Shapes ------------------------------------------------------------------
 
@@ -205,15 +219,28 @@ class Links:
             if node.shape[:1] == batch and self.axes[0] == self._plain()[0]:
                 self.become(node.shape[1:], node)
 
-    def _features(self, step: Step, count: int) -> None:
-        """Makes the last traced axes, so many, the features."""
-        shape, last = step.source.shape, self.shape[-1]
+    def _features(self, node: Node, shape: Shape, count: int) -> None:
+        """Makes the last axes of a traced shape, so many, the features."""
+        last = self.shape[-1]
         features = _merged(itertools.chain(*self.axes[len(shape) - count :]))
         plain = features == (((len(self.shape), 1, last),) if last > 1 else ())
         if not plain or self._repeats():
             positions = shape[1 : len(shape) - count]
-            self.become((*positions, math.prod(shape[-count:])), step.node)
-            self.axes = self._divided(step.node, shape)
+            self.become((*positions, math.prod(shape[-count:])), node)
+            self.axes = self._divided(node, shape)
+
+    def _in_order(self, step: Step) -> list[int]:
+        """The axes that a step takes, its features as the chain has them.
+
+        A kernel may have them in any order: no rule depends on it.
+        """
+        count = len(step.order) - step.contracted
+        positions, features = step.order[:count], step.order[count:]
+
+        def place(axis: int) -> list[tuple[int, int]]:
+            return [(on, -within) for on, within, _ in self.axes[axis]]
+
+        return [*positions, *sorted(features, key=place)]
 
     def _divided(self, node: Node, shape: Shape) -> tuple[Axis, ...]:
         """The axes of the chain in a traced shape of the same values in order."""
@@ -266,7 +293,7 @@ class Links:
             self.become(step.source.shape[1:], node)
             on, within, size = axis, 1, self.shape[axis - 1]
         from_end = on - len(self.shape) - 1
-        if axis == 0 or not on:
+        if not on:
             raise Unknown(node, f"{node.op} takes a part of the batch")
         before, after = self.shape[: on - 1], self.shape[on:]
         if stop == start + 1 and within == 1 and from_end < -1:
@@ -314,10 +341,14 @@ class Links:
     def _append_all(self, step: Step) -> None:
         """Adds the links of a step."""
         node, source, first = step.node, step.source.shape, step.links[0]
+        if step.order:
+            order = self._in_order(step)
+            source = tuple(source[axis] for axis in order)
+            self.axes = tuple(self.axes[axis] for axis in order)
         if step.window:
             self._slide(step, step.window)
         elif isinstance(first, _FEATUREWISE):
-            self._features(step, step.contracted)
+            self._features(node, source, step.contracted)
             if isinstance(first, _BY_EXAMPLE) and self.axes[0] != self._plain()[0]:
                 raise Unknown(node, f"{node.op} follows on a changed batch dimension")
         elif not step.elementwise and step.source.op != "inputs":
@@ -331,8 +362,10 @@ class Links:
             self._append(_spec.Flatten(), step)  # a maximum over all positions
         if isinstance(first, _FEATUREWISE) and not isinstance(first, _BY_EXAMPLE):
             features = self._plain()[-1]
-            shape = node.shape[len(positions) :]
-            self.axes = (*positions, *graph.reshaped(node, [features], shape))
+            shape = step.sizes or node.shape[len(positions) :]
+            axes = (*positions, *graph.reshaped(node, [features], shape))
+            placed = step.placed or range(len(axes))
+            self.axes = tuple(axes[axis] for axis in placed)
         else:
             self.axes = self._divided(node, node.shape)
 
@@ -395,6 +428,8 @@ class Links:
     def _is_used(self, path: str, step: Step) -> bool:
         """Whether a parameter is used a second time."""
         used = self.context.used
+        if step.again:
+            return True
         if used.get(path) is step.node:
             raise Unknown(
                 step.node,
@@ -509,6 +544,8 @@ class Links:
         other = other and begin is not self.context.main
         shape = begin.shape[1:] if other else self.shape
         axes = self.axes if step.source.op != "inputs" else None
+        if begin.op == "memory":
+            shape, axes = begin.shape[1:], None
         side = Links(self.context, shape, axes, leading=other)
         for inner in arm:
             side.add(inner)
@@ -517,6 +554,9 @@ class Links:
         if other:
             side.links.insert(0, _spec.Input(side.start))
             side.leading = False
+        if begin.op == "memory":
+            side.links.insert(0, _spec.Recall(begin.shape[1:]))
+            side.shapes.insert(0, begin.shape[1:])
         return side
 
     def _gated(self, sides: list[Links], step: Step) -> list[Links]:
@@ -547,11 +587,13 @@ class Links:
     ) -> tuple[_spec.Link, tuple[Axis, ...]]:
         """Attention between three arms, whose heads become features."""
         node = step.node
+        factor = heads.factor * query._pop_scale() * key._pop_scale()
         places = query._heads_together(heads.query, node)
         key._heads_together(heads.key, node)
         value._heads_together(heads.value, node)
         length = step.ends[0].shape[heads.query.index("d")]
-        factor = heads.factor * query._pop_scale() * key._pop_scale()
+        if any(isinstance(link, _spec.Recall) for link in key.links[:1]):
+            factor *= self._hand_over(query)
         query._scale(factor * math.sqrt(length), step)
         link = _spec.DotProductAttention(
             query.links,
@@ -570,14 +612,32 @@ class Links:
         )
         return link, axes
 
+    def _hand_over(self, query: Links) -> float:
+        """Gives an arm the last kernel: of the arms it alone begins with the signal.
+
+        Returns:
+          A factor that stood behind it.
+        """
+        factor = self._pop_scale()
+        last = self.links[-1] if self.links else None
+        if not query.links and isinstance(last, _spec.Dense | _spec.DenseGeneral):
+            query.links.append(self.links.pop())
+            self.shape = self.shapes.pop()
+            query.shapes.append(self.shape)
+            query.start = self.shape
+        elif factor != 1.0:
+            self._put(_spec.Scale(factor), self.shape)
+            factor = 1.0
+        return factor
+
     def _heads_together(self, roles: str, node: Node) -> list[Axis]:
         """Makes an arm's shape (positions, features), and says where its axes went."""
         axes = [tuple(f for f in axis if f[0] >= 0) for axis in self.axes]
-        last = len(self.shape)
+        first = self._first_of_features()
         in_features = {
             at
             for at, axis in enumerate(axes)
-            if axis and {f[0] for f in axis} == {last}
+            if axis and min(f[0] for f in axis) >= first
         }
         contracted = roles.index("d")
         if contracted not in in_features and len(axes[contracted]):
@@ -601,6 +661,21 @@ class Links:
                 within *= size
         return places
 
+    def _first_of_features(self) -> int:
+        """The last axis, or the first of those that a normalisation of heads has made.
+
+        It takes the features apart, but they stay what keys have for each position.
+        """
+        for before, link in zip(self.shapes[::-1], self.links[::-1], strict=True):
+            if (
+                isinstance(link, _spec.Reshape)
+                and self.shape[: len(before) - 1] == (before[:-1])
+            ):
+                return len(before)
+            if not isinstance(link, _spec.RMSNorm | _spec.LayerNorm | _spec.Scale):
+                break
+        return len(self.shape)
+
     def _make_attention(self) -> None:
         """Attention with its four kernels where these lie side by side."""
         before, last = self.links[-2:] if len(self.links) > 1 else (None, None)
@@ -610,7 +685,8 @@ class Links:
         if not isinstance(last, _spec.DenseGeneral) or path[2] != "out":
             return
         begin = before.key[0] if before.key else None
-        memory = begin.shape if isinstance(begin, _spec.Input) else None
+        memory: Any = begin.shape if isinstance(begin, _spec.Input) else None
+        memory = begin if isinstance(begin, _spec.Recall) else memory
         options: Any = {"causal": before.causal, "attended": before.attended}
         whole = _spec.Attention(path[0], memory=memory, **options)
         if whole.arms["attention"] == (before, last):

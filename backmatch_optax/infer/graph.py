@@ -57,6 +57,7 @@ class Node:
       parts: of a concatenation, what it is of, another concatenation first; empty where
         these are its operands.
       body: of a scan, what `layer` found.
+      recalls: whether all that flows to it is kept from before, see `kept_apart`.
     """
 
     op: str
@@ -77,6 +78,7 @@ class Node:
     depth: int = 0
     parts: tuple[Node, ...] = ()
     body: Node | None = None
+    recalls: bool = False
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -314,7 +316,7 @@ def _node(
 
 
 def _find_dominator(node: Node) -> None:
-    dominator = functools.reduce(common_dominator, node.flow)
+    dominator = common_dominators(node.flow)
     node.dominator, node.depth = dominator, dominator.depth + 1
 
 
@@ -326,6 +328,85 @@ def common_dominator(a: Node, b: Node) -> Node:
         assert a.dominator is not None
         a = a.dominator
     return a
+
+
+def common_dominators(nodes: Sequence[Node]) -> Node:
+    """That of several; of those that only recall only where there are no others."""
+    own = [node for node in nodes if not node.recalls]
+    return functools.reduce(common_dominator, own or nodes)
+
+
+def memory(output: Node) -> Node | None:
+    """The output of an encoder, read at several places where other inputs flow.
+
+    Returns:
+      The last value that all of one input's ways to the other inputs' pass through,
+      with parameters below it and more than one use above; None where there is none.
+    """
+    order = _in_order(output)
+    reached: dict[Node, frozenset[Node]] = {}
+    for node in order:
+        below = (reached[operand] for operand in node.flow)
+        own = {node} if node.op == "input" else ()
+        reached[node] = frozenset(own).union(*below)
+    for begin in [node for node in order if node.op == "input"]:
+        border = {
+            operand
+            for node in order
+            for operand in node.flow
+            if reached[node] > reached[operand] == {begin}
+        }
+        found = functools.reduce(common_dominator, border) if border else begin
+        uses = [node for node in order if found in node.flow]
+        learned = any(node.uses for node in above(found))
+        if found.operands and len(uses) > 1 and learned:
+            return found
+    return None
+
+
+def kept_apart(output: Node, kept: Node) -> tuple[Node, Node]:
+    """The graph above a value that is kept, as if that were given.
+
+    Args:
+      output: the end of the graph.
+      kept: the value.
+
+    Returns:
+      The end, and what stands for the value: no dominator, so that what it flows to
+      besides others is dominated by those.
+    """
+    *_, everything = kept.dominators()
+    given = dataclasses.replace(kept, op="memory", operands=(), parts=(), eqn=None)
+    given.recalls, given.dominator, given.depth = True, everything, 1
+    copies = {kept: given}
+    for node in _in_order(output):
+        changed = any(operand in copies for operand in node.operands)
+        if node in copies or not changed:
+            continue
+        new = dataclasses.replace(
+            node,
+            operands=tuple(copies.get(x, x) for x in node.operands),
+            parts=tuple(copies.get(x, x) for x in node.parts),
+        )
+        copies[node] = new
+        if new.flow:
+            new.recalls = all(operand.recalls for operand in new.flow)
+            _find_dominator(new)
+    return copies[output], given
+
+
+def _in_order(output: Node) -> list[Node]:
+    """The nodes that a signal flows through, each behind those it is computed from."""
+    found: dict[Node, None] = {}
+    pending = [output]
+    while pending:
+        node = pending[-1]
+        missing = [operand for operand in node.flow if operand not in found]
+        if node in found or not missing:
+            found[pending.pop()] = None
+        else:
+            pending += missing
+    return [*found]
 
 
 def _constant(value: Any) -> Node:

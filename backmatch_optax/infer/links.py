@@ -86,7 +86,10 @@ class Step:
     heads: Heads | None = None  # of attention,
     arms: Sequence[list[Step]] = ()  # and the steps that lead to each
     moves: bool = False  # the same values in other places, or repeated
-    contracted: int = 1  # how many of the last axes are its features
+    contracted: int = 1  # how many of the last axes are its features,
+    order: tuple[int, ...] = ()  # where they are others: the axes as the link has them,
+    sizes: Shape = ()  # the features that it makes, in the same order,
+    placed: tuple[int, ...] = ()  # and which of all its axes is where in the node
     taken: tuple[int, ...] = ()  # of an axis: (axis, start, stop, stride)
     resized: tuple[Any, ...] = ()  # an axis: (axis, its new place and size, method)
     bias: str = ""  # path of a parameter added to the signal; `links` if standing alone
@@ -98,6 +101,7 @@ class Step:
     # Whether a piece of the graph that goes on beyond it cannot be one link.
     opaque: bool = False
     late: bool = False  # Whether it is a link only where longer pieces are none.
+    again: bool = False  # Whether another arm, before this one, has it too.
 
 
 class Unknown(Exception):
@@ -140,6 +144,8 @@ def description(node: Node) -> str:
 def _kernel_path(node: Node, name: str = "kernel") -> str:
     """The path of the layer whose kernel a linear operation multiplies with."""
     signal, kernel = node.operands
+    if kernel.flows and node.op == "dot_general":
+        signal, kernel = kernel, signal
     if kernel.flows:
         raise Unknown(
             node,
@@ -160,31 +166,70 @@ def _kernel_path(node: Node, name: str = "kernel") -> str:
 
 @rule("dot_general")
 def dense(node: Node) -> Step:
-    """`Dense`, `DenseGeneral` and `Unembed`: a kernel over the last axes."""
+    """`Dense`, `DenseGeneral` and `Unembed`: a kernel over some axes of the signal."""
     if all(operand.flows for operand in node.operands):
         return RULES["attention"](node)
     resized = interpolation(node)
     if resized is not None:
         return resized
-    signal, kernel = node.operands
+    which = int(node.operands[0].flows)  # of the operands is the kernel
+    signal, kernel = node.operands[1 - which], node.operands[which]
     contracted, batched = (tuple(map(tuple, o)) for o in numbers(node))
     table = kernel.operands[0] if kernel.op == "transpose" else kernel
     if table.path.rpartition("/")[2] == "embedding" and len(table.shape) == 2:
         # The rows of the table, transposed or not, are the new features.
         over = (len(signal.shape) - 1,), (int(table is kernel),)
-        if (contracted, batched) == (over, ((), ())):
+        if which and (contracted, batched) == (over, ((), ())):
             link = _spec.Unembed(table.path.rpartition("/")[0])
             return Step(node, signal, [link], opaque=True)
     path = _kernel_path(node)
     count, last = len(contracted[0]), len(signal.shape)
     over = (*range(last - count, last),), (*range(count),)
-    if (contracted, batched) != (over, ((), ())):
-        raise Unknown(
-            node, f"{node.op} with {path!r} is not over the last axis of the signal"
-        )
+    if not which or (contracted, batched) != (over, ((), ())):
+        return _contraction(node, signal, kernel, path, which)
     plain = len(kernel.shape) == 2 and count == 1
     link = _spec.Dense(path) if plain else _spec.DenseGeneral(path)
     return Step(node, signal, [link], contracted=count, opaque=True)
+
+
+def _contraction(node: Node, signal: Node, kernel: Node, path: str, which: int) -> Step:
+    """`DenseGeneral` with the axes of its kernel in any order, as `Einsum` has them."""
+    contracted, batched = numbers(node)
+    # The kernel's axes and the signal's, those that go along first.
+    pairs = [*zip(batched[which], batched[1 - which], strict=True)]
+    pairs += zip(contracted[which], contracted[1 - which], strict=True)
+    of_signal = dict(pairs)
+    if any(axis == 0 for axis in of_signal.values()):
+        raise Unknown(
+            node, f"{node.op} with {path!r} is over the examples of the batch"
+        )
+    rank = len(kernel.shape)
+    free = [axis for axis in range(rank) if axis not in of_signal]
+    features = [of_signal[axis] for axis in sorted(of_signal)]
+    positions = [at for at in range(len(signal.shape)) if at not in features]
+    # The axes of the node: those that go along, then the others of either operand.
+    sides = [[("kernel", axis) for axis in free], [("signal", at) for at in positions]]
+    found = [("kernel", axis) for axis in batched[which]]
+    found += itertools.chain(*(sides if which == 0 else reversed(sides)))
+    made = [axis for axis in range(rank) if axis not in contracted[which]]
+    own = [("signal", at) for at in positions] + [("kernel", axis) for axis in made]
+    axes = [tuple(sorted(taken)) for taken in (contracted[which], batched[which])]
+    first = axes[0] == (*range(len(axes[0])),) and not axes[1]
+    options: Any = (
+        {} if first else dict(zip(("in_axis", "batch_axis"), axes, strict=True))
+    )
+    plain = first and rank == 2
+    link = _spec.Dense(path) if plain else _spec.DenseGeneral(path, **options)
+    return Step(
+        node,
+        signal,
+        [link],
+        contracted=len(features),
+        order=(*positions, *features),
+        sizes=tuple(kernel.shape[axis] for axis in made),
+        placed=tuple(own.index(axis) for axis in found),
+        opaque=True,
+    )
 
 
 def numbers(node: Node) -> Any:
@@ -293,8 +338,12 @@ def positions(node: Node) -> Step | None:
             looked_up = [_spec.Input(rows.shape), _spec.Embed(path[1:])]
             return Step(node, signal, [_spec.Residual([], looked_up)])
         if len(sizes) > 1 and not added.origins - {"array"} and node.op != "add_any":
-            size = float(np.sqrt(np.mean(_all_entries(added) ** 2)))
-            constants = [_spec.Input(node.shape[1:]), _spec.Scale(float(f"{size:.4g}"))]
+            values = _all_entries(added)
+            square = np.mean(values**2)
+            means = values.mean(axis=tuple(range(values.ndim - 1)))
+            share = min(float(f"{np.mean(means**2) / square:.2g}"), 0.99)
+            size = float(f"{np.sqrt(square):.4g}")
+            constants = [_spec.Input(node.shape[1:], common=share), _spec.Scale(size)]
             return Step(node, signal, [_spec.Residual([], constants)])
     except (graph.Unmatched, ValueError):
         pass
@@ -584,6 +633,13 @@ def parts(node: Node) -> Step:
     start = sum(sizes[: node.result])
     cut = (axis, start, start + sizes[node.result], 1)
     return Step(node, signal, taken=cut, opaque=True)
+
+
+@rule("unstack")
+def entry(node: Node) -> Step:
+    """`Slice`: one entry of an axis, which is gone afterwards."""
+    cut = (node.options["axis"], node.result, node.result + 1, 1)
+    return Step(node, node.operands[0], taken=cut, opaque=True)
 
 
 def nearest(node: Node) -> Step:

@@ -8,6 +8,7 @@ again that went apart, or one of the user's blocks.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,24 +55,38 @@ def chain(
     Raises:
       Unknown: where something on the way is neither a link nor one of the blocks.
     """
-    start, main = _beginning(output)
-    cutter = _Cutter(Blocks(blocks, output, params))
-    while True:
-        links = Links(Context(params, measure, main), main.shape[1:], leading=True)
-        cutter.blocks.used.clear()
-        try:
-            for step in cutter.steps(output, start):
-                links.add(step)
-            links.finish(output)
-            break
-        except Unknown as unknown:
-            if not cutter.takes(unknown):
-                raise
+    kept = graph.memory(output)
+    used: set[_spec.Block] = set()
+
+    def along(end: Node, params_used: dict[str, Node]) -> Links:
+        start, main = _beginning(end)
+        cutter = _Cutter(Blocks(blocks, end, params))
+        while True:
+            given = Context(params, measure, main, dict(params_used))
+            links = Links(given, main.shape[1:], leading=True)
+            cutter.blocks.used.clear()
+            try:
+                for step in cutter.steps(end, start):
+                    links.add(step)
+                links.finish(end)
+                break
+            except Unknown as unknown:
+                if not cutter.takes(unknown):
+                    raise
+        used.update(cutter.blocks.used)
+        return links
+
+    if kept is None:
+        links = along(output, {})
+    else:
+        links = along(kept, {})
+        above, given = graph.kept_apart(output, kept)
+        links.keep(given, along(above, links.context.used))
     try:
         found = _spec.LayerChain(links.links, input_shape=links.start)
     except ValueError as error:
         raise Unknown(output, f"its links make no chain: {error}") from None
-    return found, cutter.blocks.used
+    return found, used
 
 
 def _beginning(output: Node) -> tuple[Node, Node]:
@@ -119,7 +134,7 @@ class _Cutter:
         """
         trail: list[tuple[Iterator[Step | Unknown], Step]] = []
         node, failure = end, None
-        while node is not start and node.op != "input":
+        while node is not start and node.op not in ("input", "memory"):
             options = self._options(node, start)
             step, reason = _next_step(options)
             failure = failure or (None if step else reason)
@@ -222,6 +237,9 @@ class _Cutter:
             if unknown.block is None:
                 raise
             raise Unknown(step.node, unknown.reason, unknown.block) from None
+        if step.joins == "attention":
+            query, key, value = arms
+            arms = [query, key, _parted(key, value)]
         return dataclasses.replace(step, arms=arms)
 
 
@@ -307,6 +325,23 @@ def _apart(first: Sequence[Step], second: Sequence[Step]) -> bool:
     ]
     (one, other) = (cut or (-1, 0, 0, 1) for cut in cuts)
     return one[0] == other[0] >= 0 and (one[2] <= other[1] or other[2] <= one[1])
+
+
+def _parted(key: Sequence[Step], value: Sequence[Step]) -> list[Step]:
+    """The steps to the values, where one kernel makes both keys and values.
+
+    What the two have in common comes again for the values. Of its parameters each takes
+    a part that the other does not, so that the curvatures of the two uses add.
+    """
+    pairs = itertools.takewhile(
+        lambda pair: pair[0].node is pair[1].node and not pair[0].arms,
+        zip(key, value, strict=False),
+    )
+    count = sum(1 for _ in pairs)
+    if not _apart(key[count:], value[count:]):
+        return [*value]
+    shared = [dataclasses.replace(step, again=True) for step in value[:count]]
+    return [*shared, *value[count:]]
 
 
 def _has_kernel(link: Any) -> bool:

@@ -34,6 +34,7 @@ from backmatch_optax.spec.embed import Embed, Tied, Unembed
 from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
 from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
+from backmatch_optax.spec.memory import Memory, Recall
 from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from backmatch_optax.spec.pool import AvgPool, Flatten, GlobalAvgPool, MaxPool
 from backmatch_optax.spec.repeat import Repeat
@@ -67,11 +68,13 @@ __all__ = [
     "Link",
     "LogSoftmax",
     "MaxPool",
+    "Memory",
     "Moments",
     "Outputs",
     "PReLU",
     "Positive",
     "RMSNorm",
+    "Recall",
     "Repeat",
     "Reshape",
     "Residual",

@@ -7,13 +7,14 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax.moments import Moments
-from backmatch_optax.powers import Positive, applied
+from backmatch_optax.powers import Positive, applied, number
 from backmatch_optax.spec.composite import Input
 from backmatch_optax.spec.link import (
     Link,
@@ -23,54 +24,100 @@ from backmatch_optax.spec.link import (
     check_path,
     checked_links,
 )
+from backmatch_optax.spec.memory import Recall
 from backmatch_optax.spec.windows import checked_shape
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class DenseGeneral(Link):
-    """A dense layer on several axes, `flax.linen.DenseGeneral` or nnx.LinearGeneral.
+    """A dense layer on several axes: `DenseGeneral`, `nnx.LinearGeneral` and `Einsum`.
 
-    Its kernel has the shape `(*in, *out)`, such as (features, heads, head_dim). For the
-    rules, and for the links above and below, the axes of each kind are one axis of
-    features: they are those of `Dense`, BM (32) and (34).
+    Flax's `DenseGeneral` has a kernel of shape `(*in, *out)`, such as (features, heads,
+    head_dim). That of an `Einsum` has its axes in any order, which `in_axis` tells. For
+    the rules, and for the links above and below, the axes of each kind are one axis of
+    features, those of the output in the order that the kernel has them. An output adds
+    up `in` products and an input takes part in `out` of them, whatever the order. So
+    the rules are those of `Dense`, BM (32) and (34).
+
+    Axes that both the input and the output have (`batch_axis`) make a kernel of its own
+    for each of their entries: the whole is a `Dense` whose kernel is zero outside of
+    blocks. The zeros change none of the rules.
 
     Args:
       path: where the layer's `kernel` and optional `bias` lie in the parameters.
+      in_axis: which axes of the kernel are contracted with the input, an int or
+        several; None for the first ones, as many as make up the input's features.
+      batch_axis: which axes of the kernel the input and the output have, too.
 
     Raises:
-      ValueError: where `path` is not a string of names joined by single slashes, or (at
-        `init`) the first axes of the kernel do not make up the input's features.
+      ValueError: where `path` is not a string of names joined by single slashes, an
+        axis is no int or named twice, or (at `init`) the kernel has no such axis or
+        these axes do not make up the input's features.
 
     Examples:
       >>> from backmatch_optax import spec
       >>> spec.DenseGeneral("attention/query")
       spec.DenseGeneral('attention/query')
+
+      A kernel of shape (heads, features, head_dim), `nnx.Einsum("BTD,NDH->BTNH", ...)`:
+
+      >>> spec.DenseGeneral("q_einsum", in_axis=1)
+      spec.DenseGeneral('q_einsum', in_axis=1)
     """
 
     path: str
+    in_axis: int | Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
+    batch_axis: int | Sequence[int] = dataclasses.field(default=(), kw_only=True)
 
     roles = ("kernel", "bias")
     required_roles = ("kernel",)
 
     def validate(self) -> None:
         check_path(self.path)
+        in_axis = None if self.in_axis is None else _axes("in_axis", self.in_axis)
+        self._canonical(batch_axis=_short(_axes("batch_axis", self.batch_axis)))
+        if in_axis is not None:
+            self._canonical(in_axis=_short(in_axis))
+        elif self.batch_axis != ():
+            raise ValueError(f"batch_axis (={self.batch_axis!r}) needs in_axis")
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
     ) -> Shape:
         """The input's, with the product of the output's axes as its features."""
         kernel, bias = param_shapes["kernel"], param_shapes.get("bias")
-        for end in range(1, len(kernel)):
-            if math.prod(kernel[:end]) == input_shape[-1]:
-                break
-        else:
+        out = self._out_sizes(kernel, input_shape[-1])
+        if bias is not None and sorted(bias) != sorted(out):
+            raise ValueError(f"its bias has shape {bias}, but expected {out}")
+        return (*input_shape[:-1], math.prod(out))
+
+    def _out_sizes(self, kernel: Shape, features: int) -> Shape:
+        """The axes of the kernel that the output has, in order."""
+        rank = len(kernel)
+        if self.in_axis is None:
+            for end in range(1, rank):
+                if math.prod(kernel[:end]) == features:
+                    return kernel[end:]
             raise ValueError(
                 f"the first axes of its kernel of shape {kernel} do not make up the "
-                f"{input_shape[-1]} features of its input"
+                f"{features} features of its input"
             )
-        if bias is not None and bias != kernel[end:]:
-            raise ValueError(f"its bias has shape {bias}, but expected {kernel[end:]}")
-        return (*input_shape[:-1], math.prod(kernel[end:]))
+        taken, along = _axes("", self.in_axis), _axes("", self.batch_axis)
+        if not all(-rank <= axis < rank for axis in (*taken, *along)):
+            raise ValueError(
+                f"its kernel of shape {kernel} lacks one of the axes {taken + along}"
+            )
+        named = [axis % rank for axis in (*taken, *along)]
+        if len({*named}) < len(named):
+            raise ValueError(f"names an axis of its kernel of shape {kernel} twice")
+        sizes = math.prod(kernel[axis] for axis in named)
+        if sizes != features:
+            raise ValueError(
+                f"the axes {taken + along} of its kernel of shape {kernel} do not make "
+                f"up the {features} features of its input"
+            )
+        inside = named[: len(taken)]
+        return tuple(size for axis, size in enumerate(kernel) if axis not in inside)
 
     def moments_after(self, here: Site) -> Moments:
         after = here.moments.mixed(self._row_norm(here, "kernel"))
@@ -89,6 +136,19 @@ class DenseGeneral(Link):
     def _row_norm(self, here: Site, role: str) -> Positive:
         last = here.params[role].shape[-1]
         return here.squared_row_norm(role) * last / here.fan_out
+
+
+def _axes(name: str, axes: Any) -> tuple[int, ...]:
+    """Axes of a kernel as a tuple, or `ValueError`."""
+    found = (axes,) if isinstance(axes, int) else axes
+    fits = isinstance(found, Sequence) and all(type(axis) is int for axis in found)
+    if not fits or len({*found}) < len(found) or (name == "in_axis" and not found):
+        raise ValueError(f"{name} (={axes!r}) must be an int or different ints")
+    return tuple(found)
+
+
+def _short(axes: tuple[int, ...]) -> int | tuple[int, ...]:
+    return axes[0] if len(axes) == 1 else axes
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -121,8 +181,10 @@ class DotProductAttention(Link):
     nearly the same: a share `1 / positions` of `V` is common to all positions, and a
     mean over positions keeps it. Backward, where all positions get the same cotangent
     from such a mean, the terms of a value add up to it instead of cancelling:
-    `m_value = m`. Causal weights are larger for the first positions, `m_value = 2 m`
-    for many. Both count with mean-field gains.
+    `m_value = m`. Without a mean above, too, values get nearly the same back at all
+    positions where weights are nearly uniform: as these sum to 1, a share
+    `m / (positions m_value)`. Causal weights are larger for the first positions,
+    `m_value = 2 m` for many. All this counts with mean-field gains.
 
     **Assumptions.** Positions are unrelated about their units' means, the input is
     white, and kernels are random. A bias of the values passes whole, but this rule
@@ -231,12 +293,18 @@ class DotProductAttention(Link):
         return self._gain(here, "chosen") * of * value.variance * uses
 
     def arm_common(self, here: Site, arm: int) -> Positive | None:
-        if here.common is None or arm == 1:  # what all keys get sums to zero
+        if arm == 1 or not here.mean_field:  # what all keys get sums to zero
             return None
-        if arm == 0:
-            return here.common * self._gain(here, "agreed")
         queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
-        return here.common * (queries / keys) / self._handed(here)
+        if arm == 2:  # weights sum to 1: the mean over keys is a mean over queries
+            handed = self._handed(here) * keys
+            one = number(1.0)
+            return (
+                one if here.common is None else one + here.common * (queries - 1.0)
+            ) / handed
+        if here.common is None:
+            return None
+        return here.common * self._gain(here, "agreed")
 
     def _handed(self, here: Site) -> Positive:
         """What a value is handed, each head's `m` being 1."""
@@ -353,7 +421,8 @@ class Attention(Link):
       attended: the effective number of positions that a query attends to; None leaves
         it to the size of the logits. See `DotProductAttention`.
       memory: for cross attention, the shape of the other input, (positions, features),
-        that keys and values are made of; its second moment counts as 1.
+        that keys and values are made of; its second moment counts as 1. A `Recall`
+        where they are made of what a `Memory` keeps.
 
     Raises:
       ValueError: where `path` is not names joined by single slashes, `attended` is not
@@ -373,14 +442,16 @@ class Attention(Link):
     path: str
     causal: bool = dataclasses.field(default=False, kw_only=True)
     attended: float | None = dataclasses.field(default=None, kw_only=True)
-    memory: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
+    memory: Sequence[int] | Recall | None = dataclasses.field(
+        default=None, kw_only=True
+    )
 
     adds_arms = True
 
     def validate(self) -> None:
         check_path(self.path)
         self._canonical(attended=_checked_attended(self.attended))
-        if self.memory is not None:
+        if self.memory is not None and not isinstance(self.memory, Recall):
             self._canonical(memory=checked_shape("memory", self.memory))
 
     @property
@@ -388,7 +459,11 @@ class Attention(Link):
         def dense(name: str) -> Link:
             return DenseGeneral(f"{self.path}/{name}" if self.path else name)
 
-        other = [] if self.memory is None else [Input(self.memory)]
+        other: list[Link] = []
+        if isinstance(self.memory, Recall):
+            other = [self.memory]
+        elif self.memory is not None:
+            other = [Input(self.memory)]
         joined = DotProductAttention(
             [dense("query")],
             [*other, dense("key")],

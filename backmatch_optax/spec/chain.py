@@ -8,6 +8,7 @@ from typing import Any
 
 from backmatch_optax.spec.composite import Outputs
 from backmatch_optax.spec.link import Link, checked_links, with_paths
+from backmatch_optax.spec.memory import Memory, recalls
 from backmatch_optax.spec.repeat import stacks
 from backmatch_optax.spec.windows import checked_shape
 
@@ -77,6 +78,11 @@ class LayerChain:
                     f"{link.path!r}"
                 )
         _check_ends(self.layers)
+        for recall in recalls(self.layers):
+            raise ValueError(
+                f"LayerChain: {recall} is inside no spec.Memory, so that there is "
+                "nothing to recall"
+            )
         for block in filter(lambda link: link.owns_subtree, owners.values()):
             for path, link in owners.items():
                 inside = path.startswith(f"{block.path}/") or block.path == ""
@@ -116,7 +122,8 @@ def _check_ends(
                 "an output is one of its branches"
             )
         arms = [*link.arms.values()]
-        if arms and all(arm and arm[0].begins for arm in arms):
+        keeps = isinstance(link, Memory)
+        if arms and not keeps and all(arm and arm[0].begins for arm in arms):
             raise ValueError(
                 f"LayerChain: all arms of {link} begin with an input of their own, so "
                 "that nothing reaches what is below"

@@ -22,6 +22,7 @@ from backmatch_optax.spec.link import (
     Link,
     Shape,
     Site,
+    check_number,
     check_path,
     checked_links,
     kind_of,
@@ -435,10 +436,14 @@ class Input(Link):
 
     Args:
       shape: of one input without the batch dimension.
+      common: the share of its second moment that is the same at all positions of all
+        inputs. Sines and cosines for positions have one, as some hardly change. Only
+        mean-field gains count it.
 
     Raises:
-      ValueError: where `shape` is not a sequence of positive ints; or (in `LayerChain`)
-        it is not the first link of an arm, or all arms beside it have an `Input` too.
+      ValueError: where `shape` is not a sequence of positive ints, or `common` is not
+        at least 0 and below 1; or (in `LayerChain`) it is not the first link of an arm,
+        or all arms beside it have an `Input` too.
 
     Examples:
       >>> from backmatch_optax import spec
@@ -450,11 +455,15 @@ class Input(Link):
     """
 
     shape: Sequence[int]
+    common: float = dataclasses.field(default=0.0, kw_only=True)
 
     begins = True
 
     def validate(self) -> None:
         self._canonical(shape=checked_shape("shape", self.shape))
+        wanted = "a number of at least 0 and below 1"
+        check_number("common", self.common, wanted, lambda n: 0.0 <= n < 1.0)
+        self._canonical(common=float(self.common))
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
@@ -464,7 +473,9 @@ class Input(Link):
         return tuple(self.shape)
 
     def moments_after(self, here: Site) -> Moments:
-        return Moments(number(1.0))
+        if not here.mean_field or not self.common:
+            return Moments(number(1.0))
+        return Moments(number(1.0 - self.common), number(self.common))
 
 
 def checked_chains(name: str, chains: Any) -> tuple[tuple[Link, ...], ...]:

@@ -60,6 +60,8 @@ class Site:
     squares: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     # By role, of stacked parameters: the logs of the scales of all layers.
     log_scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    memory: Site | None = None  # of a Recall: what it recalls
+    recalled: list[Site] = dataclasses.field(default_factory=list)  # of a Memory: where
     climbed: Any = None  # of a Repeat: what the walk up leaves for the walk down
     _known: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -379,6 +381,14 @@ def with_paths(links: Iterable[Link], declared: bool = True) -> Iterator[Any]:
                 yield from with_paths(arm, declared)
             elif not declared:
                 yield from with_paths(arm)
+
+
+def inside(links: Iterable[Link]) -> Iterator[Link]:
+    """The links and those inside them, input to output."""
+    for link in links:
+        yield link
+        for arm in link.arms.values():
+            yield from inside(arm)
 
 
 def own_path(link: Link) -> str | None:

@@ -10,9 +10,11 @@ from backmatch_optax.spec.link import (
     Link,
     Shape,
     checked_links,
+    inside,
     own_path,
     with_paths,
 )
+from backmatch_optax.spec.memory import Memory, Recall
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -42,10 +44,11 @@ class Repeat(Link):
       n: the number of layers.
 
     Raises:
-      ValueError: where an entry is not a link, a link is `Tied`, or `n` is not an int
-        of at least 1; (at `init`) where the shape changes, or a parameter has no first
-        axis of length `n`; (in `update`) where its first link, a pooling or a residual,
-        needs to know the activation that the layer before ended with.
+      ValueError: where an entry is not a link, a link is `Tied`, a `Memory` or a
+        `Recall`, or `n` is not an int of at least 1; (at `init`) where the shape
+        changes, or a parameter has no first axis of length `n`; (in `update`) where its
+        first link, a pooling or a residual, needs to know the activation that the layer
+        before ended with.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,6 +77,11 @@ class Repeat(Link):
         self._canonical(
             chain=checked_links("chain", self.chain), n=checked_count("n", self.n)
         )
+        for link in inside(self.chain):
+            if isinstance(link, Memory | Recall):
+                raise ValueError(
+                    f"{link} is inside: a layer of a Repeat has one signal"
+                )
         for link in with_paths(self.chain, declared=False):
             raise ValueError(
                 f"{link} is Tied, but a layer of a Repeat may use no parameter twice"

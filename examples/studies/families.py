@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Function = Callable[[jax.Array], jax.Array]
@@ -259,7 +260,7 @@ class PlusOne(nn.Module):
 class Packed(nn.Module):
     """A decoder of a longer table of positions: `lm1b` and `nlp_seq` of Flax.
 
-    With `plus_one`, the normalisations of its `gemma`.
+    With `plus_one`, normalisations by one more than a scale.
     """
 
     plus_one: bool
@@ -278,6 +279,111 @@ class Packed(nn.Module):
             x = x + nn.MultiHeadDotProductAttention(4, use_bias=False)(y, mask=mask)
             x = x + nn.Dense(32)(nn.relu(nn.Dense(64)(norm()(x))))
         return nn.Dense(64)(norm()(x))
+
+
+class OnePlus(nnx.Module):
+    """`PlusOne` in NNX."""
+
+    def __init__(self, features: int, rngs: nnx.Rngs):
+        self.scale = nnx.Param(0.1 * jax.random.normal(rngs.params(), (features,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        size = jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+        return x * size * (1.0 + self.scale[...])
+
+
+class EinsumAttention(nnx.Module):
+    """Causal attention of 4 heads whose kernels are those of Einsums.
+
+    With fewer heads of keys and values, several queries share one. With `bounded`, the
+    logits are bounded by a tanh; with `normed`, queries and keys are normalised.
+    """
+
+    def __init__(self, shared: int, bounded: bool, normed: bool, rngs: nnx.Rngs):
+        self.shared, self.bounded, self.normed = shared, bounded, normed
+        normal = nnx.initializers.normal(32**-0.5)
+        einsum = functools.partial(nnx.Einsum, kernel_init=normal, rngs=rngs)
+        if shared == 4:
+            self.qkv = einsum("BTD,SNDH->SBTNH", (3, 4, 32, 8))
+        else:
+            self.q = einsum("BTD,NDH->BTNH", (4, 32, 8))
+            self.kv = einsum("BTD,CKDH->CBTKH", (2, shared, 32, 8))
+        if normed:
+            self.q_norm, self.k_norm = (OnePlus(8, rngs) for _ in range(2))
+        self.out = einsum("BTNH,NHD->BTD", (4, 8, 32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        if self.shared == 4:
+            q, k, v = self.qkv(x)
+        else:
+            q, (k, v) = self.q(x), self.kv(x)
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.rotated(q) * 8**-0.5, self.rotated(k)
+        q = q.reshape((*q.shape[:2], self.shared, -1, 8))
+        logits = jnp.einsum("BTKGH,BSKH->BTKGS", q, k)
+        if self.bounded:
+            logits = 50 * jnp.tanh(logits / 50)
+        length = x.shape[1]
+        mask = jnp.tril(jnp.ones((length, length), bool))[:, None, None]
+        weights = nnx.softmax(jnp.where(mask, logits, -2e38), axis=-1)
+        y = jnp.einsum("BTKGS,BSKH->BTKGH", weights, v)
+        return self.out(y.reshape((*y.shape[:2], 4, 8)))
+
+    def rotated(self, heads: jax.Array) -> jax.Array:
+        """Rotary positions."""
+        angles = jnp.arange(heads.shape[1])[:, None] * 100.0 ** (-jnp.arange(4) / 4)
+        sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
+        a, b = jnp.split(heads, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class GemmaLayer(nnx.Module):
+    """A layer of `Gemma`: normalisations before and after, and a gated GELU."""
+
+    def __init__(self, shared: int, bounded: bool, normed: bool, rngs: nnx.Rngs):
+        self.norms = nnx.List([OnePlus(32, rngs) for _ in range(4)])
+        self.attention = EinsumAttention(shared, bounded, normed, rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.gate, self.up = linear(32, 64), linear(32, 64)
+        self.down = linear(64, 32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = x + self.norms[1](self.attention(self.norms[0](x)))
+        y = self.norms[2](x)
+        y = self.down(nnx.gelu(self.gate(y)) * self.up(y))
+        return x + self.norms[3](y)
+
+
+class Gemma(nnx.Module):
+    """A decoder as in Flax's `gemma`, with one kernel for keys and values, or all."""
+
+    def __init__(
+        self,
+        rngs: nnx.Rngs,
+        shared: int = 2,
+        bounded: bool = False,
+        normed: bool = False,
+        depth: int = 2,
+    ):
+        normal = nnx.initializers.normal(1.0)
+        self.embed = nnx.Embed(64, 32, embedding_init=normal, rngs=rngs)
+        self.layers = nnx.List(
+            [GemmaLayer(shared, bounded, normed, rngs) for _ in range(depth)]
+        )
+        self.norm = OnePlus(32, rngs)
+        self.bounded = bounded
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = self.embed(tokens) * jnp.sqrt(32.0)
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.embed.attend(self.norm(x))
+        return 30 * jnp.tanh(logits / 30) if self.bounded else logits
 
 
 class TwoTowers(nn.Module):
@@ -324,3 +430,120 @@ class Variational(nn.Module):
         mean, deviation = nn.Dense(8)(x), jnp.exp(0.5 * nn.Dense(8)(x))
         noise = jax.random.normal(self.make_rng("params"), mean.shape)
         return nn.Dense(64)(nn.relu(nn.Dense(32)(mean + noise * deviation)))
+
+
+class Translation(nn.Module):
+    """An encoder that several layers of a decoder attend to: Flax's `wmt`."""
+
+    shared: bool = False  # one table for both languages, and for the logits
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        normal = nn.initializers.normal(1.0)
+        table = functools.partial(nn.Embed, 64, 32, embedding_init=normal)
+        read = table(name="read")
+        write = read if self.shared else table(name="write")
+        seen = nn.make_attention_mask(source > 0, source > 0)
+        x = self.placed(read(source))
+        for _ in range(self.depth):
+            x = x + self.attention()(nn.LayerNorm()(x), mask=seen)
+            x = x + self.mlp(nn.LayerNorm()(x))
+        encoded = nn.LayerNorm()(x)
+        seen = nn.combine_masks(
+            nn.make_attention_mask(target > 0, target > 0), nn.make_causal_mask(target)
+        )
+        across = nn.make_attention_mask(target > 0, source > 0)
+        y = self.placed(write(jnp.pad(target, ((0, 0), (1, 0)))[:, :-1]))
+        for _ in range(self.depth):
+            y = y + self.attention()(nn.LayerNorm()(y), mask=seen)
+            y = y + self.attention()(nn.LayerNorm()(y), encoded, mask=across)
+            y = y + self.mlp(nn.LayerNorm()(y))
+        y = nn.LayerNorm()(y)
+        return write.attend(y) / 32**0.5 if self.shared else nn.Dense(64)(y)
+
+    def attention(self) -> Any:
+        """Attention without biases."""
+        return nn.MultiHeadDotProductAttention(4, use_bias=False)
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """Two layers and a ReLU."""
+        return nn.Dense(32)(nn.relu(nn.Dense(64)(x)))
+
+    def placed(self, x: jax.Array) -> jax.Array:
+        """With sines and cosines for its positions."""
+        place = np.arange(64)[:, None] * 1e4 ** (-np.arange(16) / 15)
+        table = np.concatenate([np.sin(place), np.cos(place)], axis=1)
+        return x + jnp.asarray(table, x.dtype)[None, : x.shape[1]]
+
+
+class MnistNet(nnx.Module):
+    """Convolutions with BatchNorm and average pooling: Flax's `mnist`."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.conv_1 = nnx.Conv(3, 16, (3, 3), rngs=rngs)
+        self.conv_2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.norm_1, self.norm_2 = (nnx.BatchNorm(n, rngs=rngs) for n in (16, 32))
+        self.dense_1 = nnx.Linear(512, 64, rngs=rngs)
+        self.dense_2 = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        for conv, norm in ((self.conv_1, self.norm_1), (self.conv_2, self.norm_2)):
+            x = nnx.avg_pool(nnx.relu(norm(conv(x))), (2, 2), (2, 2))
+        return self.dense_2(nnx.relu(self.dense_1(x.reshape((len(x), -1)))))
+
+
+class Tagger(nn.Module):
+    """A label for each word, from attention in both directions: Flax's `nlp_seq`."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        place = np.arange(64)[:, None] * 1e4 ** (-np.arange(0, 32, 2) / 32)
+        table = np.stack([np.sin(place), np.cos(place)], axis=2).reshape(1, 64, 32)
+        x = nn.Embed(64, 32, embedding_init=nn.initializers.normal(1.0))(tokens)
+        x = x + jnp.asarray(table, x.dtype)[:, : tokens.shape[1]]
+        for _ in range(2):
+            y = nn.LayerNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(4, use_bias=False)(y)
+            x = x + nn.Dense(32)(nn.elu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(16)(nn.LayerNorm()(x))
+
+
+class WeightedMean(nn.Module):
+    """A mean of words, weighted by what is made of each of them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        scores = nn.Dense(1, use_bias=False)(
+            nn.tanh(nn.Dense(32, use_bias=False)(x))
+        ).squeeze(-1)
+        return (jnp.expand_dims(nn.softmax(scores), 1) @ x).squeeze(1)
+
+
+class Sentiment(nn.Module):
+    """An LSTM in both directions, and a weighted mean of the words: Flax's `sst2`."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Embed(64, 32)(tokens)
+        ahead, back = (nn.RNN(nn.LSTMCell(16)) for _ in range(2))
+        both: Any = nn.Bidirectional(ahead, back)(x)
+        x = WeightedMean()(both)
+        return nn.Dense(1, use_bias=False)(nn.tanh(nn.Dense(32)(x)))
+
+
+class Adder(nn.Module):
+    """An LSTM that reads and one that writes, over vectors: Flax's `seq2seq`."""
+
+    @nn.compact
+    def __call__(self, read: jax.Array, written: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        reader = nn.RNN(nn.LSTMCell(32), return_carry=True, name="reader")
+        carry, _ = reader(read)
+        writer = nn.RNN(nn.LSTMCell(32), name="writer")
+        return nn.Dense(16)(writer(written, initial_carry=carry))

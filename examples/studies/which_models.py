@@ -10,6 +10,7 @@ measured one, with mean-field gains.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from examples.studies import families
 RESULT = Path(__file__).parent / "results" / "which_models.md"
 IMAGES, TOKENS = (16, 16, 3), (16,)
 MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
-    "ResNet": (families.ResNet(), "Linen", (IMAGES,)),
+    "ResNet (Flax's imagenet)": (families.ResNet(), "Linen", (IMAGES,)),
     "DenseNet": (families.DenseNet(), "Linen", (IMAGES,)),
     "U-Net, nearest": (families.UNet("nearest"), "Linen", (IMAGES,)),
     "U-Net, bilinear": (families.UNet("bilinear"), "Linen", (IMAGES,)),
@@ -47,11 +48,32 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
     "GPT, scanned layers": (families.ScannedGpt(), "Linen", (TOKENS,)),
     "GPT, rotary positions": (families.Rotary(), "Linen", (TOKENS,)),
     "GPT, longer table (Flax's lm1b)": (families.Packed(False), "Linen", (TOKENS,)),
-    "GPT, norms of Flax's gemma": (families.Packed(True), "Linen", (TOKENS,)),
+    "GPT, norms by 1 + scale": (families.Packed(True), "Linen", (TOKENS,)),
+    "Flax's gemma": (families.Gemma, "NNX", (TOKENS,)),
+    "Flax's gemma, one kernel": (
+        functools.partial(families.Gemma, shared=4, bounded=True, depth=1),
+        "NNX",
+        (TOKENS,),
+    ),
+    "Flax's gemma, queries and keys normalised": (
+        functools.partial(families.Gemma, shared=1, normed=True, depth=1),
+        "NNX",
+        (TOKENS,),
+    ),
+    "Flax's wmt": (families.Translation(), "Linen", (TOKENS, (12,))),
+    "Flax's wmt, one table": (families.Translation(True), "Linen", (TOKENS, (12,))),
     "two towers": (families.TwoTowers(), "Linen", (IMAGES, TOKENS)),
-    "actor and critic": (families.ActorCritic(), "Linen", (IMAGES,)),
+    "actor and critic (Flax's ppo)": (families.ActorCritic(), "Linen", (IMAGES,)),
+    "Flax's mnist": (families.MnistNet, "NNX", (IMAGES,)),
+    "Flax's nlp_seq": (families.Tagger(), "Linen", (TOKENS,)),
+    "Flax's sst2": (families.Sentiment(), "Linen", (TOKENS,)),
+    "Flax's seq2seq": (families.Adder(), "Linen", ((6, 16), (5, 16))),
     "LSTM": (families.Recurrent(), "Linen", (TOKENS,)),
-    "variational autoencoder": (families.Variational(), "Linen", (IMAGES,)),
+    "variational autoencoder (Flax's vae)": (
+        families.Variational(),
+        "Linen",
+        (IMAGES,),
+    ),
 }
 
 
@@ -93,14 +115,15 @@ def compared(
 
         def fn(params: Any, *inputs: Any) -> Any:
             given = {"params": params, **others}
-            return model.apply(given, *inputs, mutable=list(others))[0]
+            rngs = {"params": jax.random.key(3)}  # for noise
+            return model.apply(given, *inputs, rngs=rngs, mutable=list(others))[0]
 
     else:
         made = nnx.jit(lambda: model(nnx.Rngs(0)))()
         graphdef, params, others = nnx.split(made, nnx.Param, ...)
 
         def fn(params: Any, *inputs: Any) -> Any:  # pyright: ignore
-            return nnx.merge(graphdef, params, others)(*inputs)
+            return nnx.merge(graphdef, params, others, copy=True)(*inputs)
 
     if told is not None:
         told.append(bmo.describe(chain, params, gains="mean_field"))
@@ -123,23 +146,27 @@ def row(name: str, batch: int) -> str:
     abstract = (
         model if library == "Linen" else nnx.eval_shape(lambda: model(nnx.Rngs(0)))
     )
-    start = time.perf_counter()
+    start, needs = time.perf_counter(), ""
     try:
         chain = bmo.infer_spec(abstract, *inputs)
+        seconds = time.perf_counter() - start
     except ValueError as error:
         seconds = time.perf_counter() - start
         reason = str(error).removeprefix("infer_spec: ").partition(" (")[0]
         reason = reason.partition(". ")[0]
-        block = str(error).partition("Pass blocks=")[2].partition(" to make")[0]
-        return (
-            f"| {name} | {library} | refused: {reason}; `{block}` | | {seconds:.1f} |"
-        )
-    seconds = time.perf_counter() - start
+        told = str(error).partition("Pass blocks=")[2].partition(" to make")[0]
+        if not told:
+            return (
+                f"| {name} | {library} | refused: {reason}; only measured scales | | "
+                f"{seconds:.1f} |"
+            )
+        needs = f", with `blocks={told}`; else refused: {reason}"
+        blocks = eval(told, {"spec": spec})  # as a person would paste it
+        chain = bmo.infer_spec(abstract, *inputs, blocks=blocks)
     factor, path = compared(model, chain, inputs)
-    number = links_in(chain.layers)
-    return (
-        f"| {name} | {library} | {number} | {factor:.1f} (`{path}`) | {seconds:.1f} |"
-    )
+    links = f"{links_in(chain.layers)}{needs}"
+    worst = f"{factor:.3g} (`{path}`)"
+    return f"| {name} | {library} | {links} | {worst} | {seconds:.1f} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> list[str]:

@@ -200,7 +200,7 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
     "local convolution": (
         lambda _, x: nn.ConvLocal(4, (3, 3), name="c")(x),
         IMAGES,
-        "in module 'c': .*dot_general",
+        "in module 'c': the kernel of conv_general_dilated is an array",
     ),
     "parameter of another name": (
         lambda module, x: x @ param(module, "w", 6, 3),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -482,6 +483,57 @@ CONSTRUCTS: dict[str, tuple[Callable[..., Any], list[spec.Link], tuple[int, ...]
 }
 
 
+EINSUMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[spec.Link]]] = {
+    "BTD,DH->BTH": ((6, 3), (5, 6), [spec.Dense("e")]),
+    "BTD,HD->BTH": ((3, 6), (5, 6), [spec.DenseGeneral("e", in_axis=1)]),
+    "BTD,NDH->BTNH": ((4, 6, 3), (5, 6), [spec.DenseGeneral("e", in_axis=1)]),
+    "BTD,CNDH->CBTNH": ((2, 4, 6, 3), (5, 6), [spec.DenseGeneral("e", in_axis=2)]),
+    "BTNH,NHD->BTD": ((2, 3, 4), (5, 2, 3), [spec.DenseGeneral("e")]),
+    "BTNH,HDN->BDT": ((3, 4, 2), (5, 2, 3), [spec.DenseGeneral("e", in_axis=(0, 2))]),
+    "BTNH,NHG->BTNG": (
+        (2, 3, 4),
+        (5, 2, 3),
+        [spec.DenseGeneral("e", in_axis=1, batch_axis=0)],
+    ),
+    "BTD,TS->BSD": ((5, 7), (5, 6), [spec.Transpose((1, 0)), spec.Dense("e")]),
+    # A kernel for each position is one of all positions and features, in blocks.
+    "BTD,TDH->BTH": (
+        (5, 6, 3),
+        (5, 6),
+        [spec.Flatten(), spec.DenseGeneral("e", in_axis=1, batch_axis=0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("library", ["Linen", "NNX"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_einsums_in_any_order(equation, bias, library):
+    shape, size, links = EINSUMS[equation]
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(math.prod(size[1:]), name="d")(x).reshape((-1, *size))
+            return nn.Einsum(shape, equation, use_bias=bias, name="e")(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.d = nnx.Linear(4, math.prod(size[1:]), rngs=rngs)
+            kernel, out = equation.partition(",")[2].split("->")
+            sizes = dict(zip(kernel, shape, strict=True))
+            added = tuple(sizes[axis] for axis in out if axis in sizes)
+            biases = added if bias else None
+            self.e = nnx.Einsum(equation, shape, biases, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.e(self.d(x).reshape((-1, *size)))
+
+    model = Linen() if library == "Linen" else nnx.eval_shape(lambda: Nnx(nnx.Rngs(0)))
+    chain = infer_spec(model, array(2, 5, 4))
+    assert chain.layers == (spec.Dense("d"), *links)
+
+
 def param(module: nn.Module, name: str, *shape: int) -> jax.Array:
     return module.param(name, nn.initializers.ones, shape)
 
@@ -619,7 +671,7 @@ CONSTRUCTS |= {
         lambda _, x: nn.tanh(x) + jnp.sin(jnp.arange(30.0).reshape(5, 6)),
         [
             spec.Activation("tanh"),
-            spec.Residual([], [spec.Input((5, 6)), spec.Scale(0.6967)]),
+            spec.Residual([], [spec.Input((5, 6), common=0.84), spec.Scale(0.6967)]),
         ],
         (2, 5, 6),
     ),

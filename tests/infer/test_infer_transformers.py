@@ -1,6 +1,7 @@
 """Transformers: the chain that a person would declare, and the scales it gives."""
 
 import functools
+import math
 import time
 from typing import Any
 
@@ -169,6 +170,57 @@ def test_heads_that_share_keys_and_values():
     q, k, v, o = map(spec.DenseGeneral, "qkvo")
     declared = (spec.DotProductAttention([q], [k], [v]), o)
     assert infer_spec(Grouped(), array(2, 5, 6)).layers == declared
+
+
+class OneForBoth(nn.Module):
+    """One kernel makes keys and values, of fewer heads than there are queries."""
+
+    parts: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        q = nn.Einsum((4, 6, 3), "BTD,NDH->BTNH", use_bias=False, name="q")(x)
+        kv = nn.Einsum((2, 2, 6, 3), "BTD,CKDH->CBTKH", name="kv")(x)
+        k, v = (kv[0], kv[1]) if self.parts else (kv[0], nn.relu(kv[0]))
+        q = q.reshape((*q.shape[:2], 2, 2, 3))
+        logits = jnp.einsum("BTKGH,BSKH->BTKGS", q, k) / math.sqrt(3)
+        y = jnp.einsum("BTKGS,BSKH->BTKGH", nn.softmax(logits), v)
+        return nn.Einsum((2, 2, 3, 6), "BTKGH,KGHD->BTD", name="o")(y)
+
+
+def test_one_kernel_for_keys_and_values_is_used_twice():
+    chain = infer_spec(OneForBoth(), array(2, 5, 6))
+    q, kv = (
+        spec.DenseGeneral(name, in_axis=axis) for name, axis in (("q", 1), ("kv", 2))
+    )
+    k, v = spec.Slice((0, 6), axis=-1), spec.Slice((6, 12), axis=-1)
+    attention = spec.DotProductAttention([q], [kv, k], [spec.Tied([kv]), v])
+    assert chain.layers == (attention, spec.DenseGeneral("o"))
+    assert worst(ratios(OneForBoth(), chain, array(2, 5, 6))) < 2
+
+
+def test_keys_and_values_that_are_the_same_are_refused():
+    with pytest.raises(ValueError, match="what 'kv' puts out goes several ways"):
+        infer_spec(OneForBoth(parts=False), array(2, 5, 6))
+
+
+def test_heads_that_are_normalised_stay_features():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            q, k, v = (nn.DenseGeneral((2, 4), name=name)(x) for name in "qkv")
+            q, k = nn.RMSNorm(name="nq")(q), nn.LayerNorm(name="nk")(k)
+            return nn.dot_product_attention(q, k, v)
+
+    norms = {"q": [spec.RMSNorm("nq")], "k": [spec.LayerNorm("nk")]}
+    (attention,) = infer_spec(Normed(), array(2, 8, 6)).layers
+    for name, norm in norms.items():
+        apart, together = spec.Reshape((8, 2, 4)), spec.Reshape((8, 8))
+        norms[name] = [spec.DenseGeneral(name), apart, *norm, together]
+    declared = spec.DotProductAttention(
+        norms["q"], norms["k"], [spec.DenseGeneral("v")]
+    )
+    assert attention == declared
 
 
 def test_logits_of_another_size_are_told():

@@ -58,6 +58,40 @@ def test_both_gains_have_the_same_rule():
     assert kernels(paper) == pytest.approx(kernels(mean_field), rel=1e-3)
 
 
+class Placed(nn.Module):
+    """Positions that differ little: the same is added at all of them."""
+
+    pooled: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + 2 * jnp.cos(jnp.arange(16.0) ** 2)
+        if self.pooled:
+            return nn.Dense(8, name="a")(x).mean(1)
+        small = nn.initializers.variance_scaling(0.1, "fan_in", "normal")
+        attention = nn.MultiHeadDotProductAttention(
+            2, use_bias=False, kernel_init=small, name="a"
+        )
+        return attention(x)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_what_positions_have_in_common_adds_up_over_them(pooled):
+    size = float(2 * jnp.sqrt(jnp.mean(jnp.cos(jnp.arange(16.0) ** 2) ** 2)))
+    behind = (
+        [spec.Dense("a"), spec.GlobalAvgPool()] if pooled else [spec.Attention("a")]
+    )
+    path = "a/kernel" if pooled else "a/value/kernel"
+
+    def ratio(common: float) -> float:
+        constants = [spec.Input((12, 16), common=common), spec.Scale(size)]
+        links = [spec.Residual([], constants), *behind]
+        return agreement(Placed(pooled), links, normal(12, 16), draws=60)[path]
+
+    assert 0.8 < ratio(0.999) < 1.25
+    assert ratio(0.0) < 0.4  # of the curvature
+
+
 class Cross(nn.Module):
     @nn.compact
     def __call__(self, x, memory):

@@ -25,6 +25,47 @@ def test_dense(input_shape):
     )
 
 
+EINSUMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "BTNH,NHD->BTD": ((4, 3, 6), (5, 4, 3), {}),
+    "BTD,NDH->BTNH": ((4, 6, 3), (5, 6), {"in_axis": 1}),
+    "BTD,CNDH->CBTNH": ((2, 4, 6, 3), (5, 6), {"in_axis": 2}),
+    "BTNH,HDN->BTD": ((3, 6, 4), (5, 4, 3), {"in_axis": (0, -1)}),
+    "BTNH,NHG->BTNG": ((4, 3, 2), (5, 4, 3), {"in_axis": 1, "batch_axis": 0}),
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_kernels_of_einsums_in_any_order(equation):
+    shape, input_shape, axes = EINSUMS[equation]
+    x = signs(2, *input_shape)
+    apply, params = layer_and_params(nn.Einsum(shape, equation), x)
+    features = (5, x[0, 0].size)  # side by side, for the links around
+    link = spec.DenseGeneral("layer", **axes)
+    assert eval(repr(link)) == link
+    assert_close(curvatures(link, params, features), measured(apply, params, x))
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"in_axis": 1}, r"axes \(1,\) of its kernel of shape \(4, 6, 3\) do not make"),
+        ({"in_axis": 3}, r"kernel of shape \(4, 6, 3\) lacks one of the axes \(3,\)"),
+        ({"in_axis": (0, -3)}, "names an axis of its kernel .* twice"),
+        (
+            {"in_axis": (0, 0)},
+            r"in_axis \(=\(0, 0\)\) must be an int or different ints",
+        ),
+        ({"in_axis": ()}, r"in_axis \(=\(\)\) must be"),
+        ({"in_axis": 0, "batch_axis": 1.5}, r"batch_axis \(=1.5\) must be"),
+        ({"batch_axis": 0}, r"batch_axis \(=0\) needs in_axis"),
+    ],
+)
+def test_axes_that_a_kernel_does_not_have(axes, message):
+    with pytest.raises(ValueError, match=message):
+        chain = spec.LayerChain([spec.DenseGeneral("d", **axes)], input_shape=(5, 4))
+        bmo.check_spec(chain, {"d": {"kernel": jnp.ones((4, 6, 3))}})
+
+
 # Where every output sees all the taps of its window, the rules are exact.
 EXACT_CONVOLUTIONS = {
     "1d": ((7, 2), 3, {"padding": "VALID"}),
