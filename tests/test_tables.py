@@ -39,6 +39,10 @@ def test_links_that_are_approximate_everywhere_say_so():
     params = {"cls": jnp.ones((1, 1, 8)), "head": {"kernel": jnp.ones((8, 3))}}
     *_, last = bmo.describe(chain, params).splitlines()
     assert last.startswith("approximate: 'cls': its rule takes the mean over all")
+    block = spec.Block("head", weight_curvature=1.0, input_curvature=1.0)
+    chain = spec.LayerChain([block], input_shape=(4, 8))
+    *_, last = bmo.describe(chain, {"head": params["head"]}).splitlines()
+    assert last.startswith("approximate: 'head': a block's numbers do not follow")
     chain = spec.LayerChain([links[1]], input_shape=(4, 8))
     table = bmo.describe(chain, {"head": params["head"]})
     assert "approximate" not in table

@@ -74,6 +74,10 @@ class Block(Link):
     forward_gain: Curvature = dataclasses.field(default=1.0, kw_only=True)
     output_shape: Sequence[int] | None = dataclasses.field(default=None, kw_only=True)
 
+    approximate = (
+        "a block's numbers do not follow the size of its signal; those that infer_spec "
+        "measures are for size 1"
+    )
     owns_subtree = True
 
     def validate(self) -> None:
