@@ -557,10 +557,11 @@ def separate(vector: jax.Array) -> list[jax.Array]:
     one, and so is whatever XLA fuses it into. Here the place is an operand, and its
     value lies behind a barrier.
     """
-    places = _once([np.int32(place) for place in range(vector.shape[0])])
+    # Unsigned: no operations for places that count from the end.
+    places = _once([np.uint32(place) for place in range(vector.shape[0])])
     return [_entry(vector, place) for place in places]
 
 
 @jax.jit
 def _entry(vector: jax.Array, place: jax.Array) -> jax.Array:
-    return _once(lax.dynamic_index_in_dim(vector, place, keepdims=False))
+    return _once(lax.dynamic_slice(vector, (place,), (1,)).reshape(()))
