@@ -60,9 +60,7 @@ class Atom:
     count: int = 1  # what the value is yet to be divided by
     made: _Made | None = None  # what it comes of
     result: int = 0  # which of the results it is
-    known: tuple[jax.typing.ArrayLike, int] | None = (
-        None  # once it is: a table and its row
-    )
+    known: tuple[Any, int] | None = None  # once it is: a table and its row
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,7 +74,7 @@ class _Made:
 
     def number(self, result: int = 0) -> Positive:
         """A result, as an atom."""
-        dtype = wide(*(atom.dtype for part in self.known for atom in part.powers))
+        dtype = wide(*{atom.dtype for part in self.known for atom in part.powers})
         atom = Atom(dtype, floor=self.floor, made=self, result=result)
         return Positive(0.0, {atom: 1})
 
@@ -227,7 +225,7 @@ class Packed(NamedTuple):
 
 # What is less than anything: an infinitesimal of an order that no product reaches.
 _NEVER = np.array([[0, 1e6, 0]], np.float32)
-ABSENT = Positive(0.0, {Atom(jnp.dtype(jnp.float32), known=(_NEVER, 0)): 1})
+ABSENT = Positive(0.0, {Atom(_NEVER.dtype, known=(_NEVER, 0)): 1})
 
 
 def packed(value: Positive, dtype: jnp.dtype) -> Packed:
@@ -268,7 +266,7 @@ def log_vector(
     places, powers, constants = _products(values, rows, dtype)
     columns = np.where((powers < 0) & floored, 2, 0)
     logs = table.at[places, columns].get(mode="promise_in_bounds").astype(dtype)
-    return constants + jnp.sum(powers * logs, axis=1)
+    return jnp.sum(powers * logs, axis=1) + constants
 
 
 class _Products(NamedTuple):
@@ -297,21 +295,15 @@ def _table(values: Sequence[Positive]) -> tuple[jax.Array, dict[Atom, int]]:
       the row of each atom; row 0 stands for 1.
     """
     atoms, made = _needed(values)
-    dtype = wide(*(atom.dtype for atom in atoms))
+    dtype = wide(*{atom.dtype for atom in atoms})
     floor = next((atom.floor for atom in atoms if atom.floor is not None), 0.0)
     norms = [atom for atom in atoms if atom.value is not None and atom.known is None]
-    others: dict[int, list[tuple[Atom, Any, int]]] = {}
-    for atom in atoms:
-        if atom.known is not None:
-            others.setdefault(id(atom.known[0]), []).append((atom, *atom.known))
+    others = {atom: atom.known for atom in atoms if atom.known is not None}
     parts = [jnp.zeros((1, 3), dtype)]  # row 0
     if norms:
         parts.append(_rows_of_norms(norms, floor, dtype))
-    for group in others.values():
-        places = np.array([row for _, _, row in group])
-        parts.append(jnp.asarray(group[0][1]).at[places].get(mode="promise_in_bounds"))
-    known = [*norms, *(atom for group in others.values() for atom, _, _ in group)]
-    rows = {atom: row for row, atom in enumerate(known, start=1)}
+    parts += [table[row : row + 1] for table, row in others.values()]
+    rows = {atom: row for row, atom in enumerate([*norms, *others], start=1)}
     table = jnp.concatenate([part.astype(dtype) for part in parts])
     if made:
         table = _with_made(table, rows, atoms, made, floor)
@@ -344,24 +336,15 @@ def _with_made(
 ) -> jax.Array:
     """The table with all that is made below; adds its rows to those of the atoms."""
     branches = [*dict.fromkeys(one.branch for one in made if one.branch)]
+    place_of: dict[Any, int] = {branch: place for place, branch in enumerate(branches)}
     lanes = min(_LANES, sum(one.branch is None for one in made))
     results = max((_count(f, len(given)) for f, given in branches), default=0)
-    turns: list[tuple[list[_Made], list[_Made]]] = []  # lanes, and the function
-    turn_of: dict[_Made, int] = {}
-    first: dict[_Made, int] = {}  # row
-    for one in made:
-        makers = [a.made for part in one.known for a in part.powers if a.made]
-        turn = max((turn_of[m] + 1 for m in makers if m in turn_of), default=0)
-        kind, most = (0, lanes) if one.branch is None else (1, 1)
-        while turn < len(turns) and len(turns[turn][kind]) == most:
-            turn += 1
-        if turn == len(turns):
-            turns.append(([], []))
-        place = lanes if kind else len(turns[turn][0])
-        first[one] = len(table) + turn * (lanes + results) + place
-        turns[turn][kind].append(one)
-        turn_of[one] = turn
-    rows |= {a: first[a.made] + a.result for a in atoms if a.made in first}
+    turns, places = _scheduled(made, lanes)
+    height = lanes + results  # rows of a turn
+    for atom in atoms:
+        if atom.made in places:
+            turn, place = places[atom.made]
+            rows[atom] = len(table) + turn * height + place + atom.result
 
     arguments = max((sum(given) for _, given in branches), default=0)
     shape = len(turns), 2 * lanes + arguments
@@ -374,19 +357,43 @@ def _with_made(
             kinds[turn, lane], has_floor[turn, lane] = one.kind, one.floor is not None
         for one in called:
             parts[turn, 2 * lanes : 2 * lanes + len(one.known)] = one.known
-            chosen[turn] = 1 + branches.index(one.branch)
+            chosen[turn] = 1 + place_of[one.branch]
     products = _products([*parts.flat], rows, table.dtype)
     products = _Products(
         *(array.reshape(*shape, *array.shape[1:]) for array in products)
     )
-    starts = len(table) + np.arange(len(turns), dtype=np.int32) * (lanes + results)
-    space = jnp.zeros((len(turns) * (lanes + results), 3), table.dtype)
+    starts = len(table) + np.arange(len(turns), dtype=np.int32) * height
+    space = jnp.zeros((len(turns) * height, 3), table.dtype)
     return _looped(
         tuple(branches),
         jnp.concatenate([table, space]),
         _Turns(starts, kinds, has_floor > 0, chosen, products),
         floor,
     )
+
+
+def _scheduled(
+    made: Sequence[_Made], lanes: int
+) -> tuple[list[tuple[list[_Made], list[_Made]]], dict[Any, tuple[int, int]]]:
+    """In which turn each is made: as soon as what it needs is, and there is room.
+
+    Returns:
+      Of each turn what its lanes make and, one or none, which function it calls. And of
+      all that is made the turn, and the place of the first result in it.
+    """
+    turns: list[tuple[list[_Made], list[_Made]]] = []
+    places: dict[Any, tuple[int, int]] = {}
+    for one in made:
+        needs = (places.get(a.made) for part in one.known for a in part.powers)
+        turn = max((place[0] + 1 for place in needs if place), default=0)
+        calls = one.branch is not None
+        while turn < len(turns) and len(turns[turn][calls]) == (1 if calls else lanes):
+            turn += 1
+        if turn == len(turns):
+            turns.append(([], []))
+        places[one] = turn, lanes if calls else len(turns[turn][0])
+        turns[turn][calls].append(one)
+    return turns, places
 
 
 def _products(
