@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 
+@functools.cache
 def wide(*dtypes: jnp.dtype) -> jnp.dtype:
     """The dtype to compute in: float32, or float64 where one of them is."""
     widest = max((jnp.finfo(dtype).bits for dtype in dtypes), default=32)

@@ -160,7 +160,7 @@ class ParamPaths:
         for found in self.below(path):
             node = tree
             parts = found.split("/") if found else []
-            keys = [_name(key) for key in self._keys[found]]
+            keys = [_key(key) for key in self._keys[found]]
             names = keys if len(keys) >= len(parts) else parts  # "a/b" is one key
             *modules, role = names[depth : len(parts)] or [""]
             for module in modules:
@@ -177,7 +177,7 @@ class ParamPaths:
         return f"no parameter at {path!r}.{hint} Available: {listed(self.leaves)}"
 
 
-def _name(key: Any) -> Any:
+def _key(key: Any) -> Any:
     """The key of a dict, the index of a sequence or the name of an attribute."""
     return next(
         getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)
@@ -236,9 +236,7 @@ def locate(
     if unlisted not in ("error", "identity"):
         raise ValueError(f"unlisted (={unlisted!r}) must be 'error' or 'identity'")
     paths = ParamPaths(params)
-    sites = _locate_links(
-        spec.layers, "layers", tuple(spec.input_shape), "the input of the chain", paths
-    )
+    sites = _locate_links(spec.layers, "layers", tuple(spec.input_shape), None, paths)
     if paths.unclaimed and unlisted == "error":
         raise ValueError(
             f"spec: no declared layer covers {listed(paths.unclaimed)}. Declared: "
@@ -252,7 +250,7 @@ def _locate_links(
     links: Sequence[_spec.Link],
     within: str,
     shape: Shape,
-    source: str,
+    source: tuple[str, _spec.Link] | None,
     paths: ParamPaths,
     stacked: Shape = (),
 ) -> list[Site]:
@@ -261,8 +259,7 @@ def _locate_links(
         place = f"{within}[{index}]"
         path = own_path(link)
         label = repr(path) if path else place
-        name = f"{label} ({place})" if path else f"{place}, {link!r}"
-        with _naming(name, f"{source} has shape {shape}"):
+        with _naming(place, link, source, shape):
             params = {} if path is None else _claim(link, path, paths)
             _check_stack(params, stacked)
         inner = (*stacked, link.n) if isinstance(link, _spec.Repeat) else stacked
@@ -270,7 +267,7 @@ def _locate_links(
             arm: _locate_links(chain, f"{place}.{arm}", shape, source, paths, inner)
             for arm, chain in link.arms.items()
         }
-        with _naming(name, f"{source} has shape {shape}"):
+        with _naming(place, link, source, shape):
             # A Block's parameters are nested, and it declares its output itself.
             leaves = {} if link.owns_subtree else params
             shapes = {
@@ -297,7 +294,7 @@ def _locate_links(
                 site.uses = first.uses = first.uses or [first]
                 site.uses.append(site)
         sites.append(site)
-        shape, source = after, f"the output of {name}"
+        shape, source = after, (place, link)
     return sites
 
 
@@ -314,12 +311,22 @@ def _check_stack(params: Mapping[Any, Any], stacked: Shape) -> None:
 
 
 @contextlib.contextmanager
-def _naming(name: str, source: str) -> Iterator[None]:
-    """Adds to an error which link it is about, and what that link is fed."""
+def _naming(
+    place: str, link: _spec.Link, below: tuple[str, _spec.Link] | None, shape: Shape
+) -> Iterator[None]:
+    """Adds to an error which link it is about, and what the one below feeds it."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"spec layer {name}: {error}; {source}") from None
+        source = f"the output of {_name(*below)}" if below else "the input of the chain"
+        raise ValueError(
+            f"spec layer {_name(place, link)}: {error}; {source} has shape {shape}"
+        ) from None
+
+
+def _name(place: str, link: _spec.Link) -> str:
+    path = own_path(link)
+    return f"{path!r} ({place})" if path else f"{place}, {link!r}"
 
 
 def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:

@@ -108,9 +108,8 @@ class _Climbed(NamedTuple):
 def up_layers(site: Site, walks: Walks) -> Moments:
     """The moments behind the layers of a Repeat."""
     layers, floor, form = _stacked(site), site.norm_floor, _Form.of(site.moments)
-    logs = [atom.pair[0] for atom in site.moments.q.powers]
-    leaves = jax.tree.leaves(layers.params)
-    dtype = jnp.result_type(wide(*(leaf.dtype for leaf in leaves)), *logs)
+    measured = [*jax.tree.leaves(layers.params), *site.moments.q.powers]
+    dtype = wide(*(one.dtype for one in measured))
     found: list[_Form] = []
 
     def up(form: _Form, carry: _Carry, layer: _Layer) -> tuple[_Carry, _Carry]:
@@ -200,7 +199,7 @@ def _with_factor(n: Packed, factor: Positive, power: float) -> Positive:
     if not power:
         return unpacked(n)
     known = factor**power
-    held = packed(known, n.pair[0].dtype)
+    held = packed(known, n.row.dtype)
     return unpacked(jax.tree.map(operator.sub, n, held)) * known
 
 

@@ -50,15 +50,26 @@ def parameters(chain: spec.LayerChain) -> dict:
     return params
 
 
+def program(kind, depth: int, gains) -> str:
+    links = [link for i in range(depth) for link in kind(i)]
+    chain = spec.LayerChain(links, input_shape=(8, WIDTH))
+    scales = jax.jit(lambda p: bmo.layer_scales(chain, p, gains=gains))
+    return scales.lower(parameters(chain)).as_text()
+
+
 @pytest.mark.parametrize("gains", ["paper", "mean_field"])
 @pytest.mark.parametrize("kind", [plain, normalised, residual, nested, attention])
 def test_programs_grow_with_the_depth_and_not_with_its_square(kind, gains):
-    def lines(depth: int) -> int:
-        links = [link for i in range(depth) for link in kind(i)]
-        chain = spec.LayerChain(links, input_shape=(8, WIDTH))
-        params = parameters(chain)
-        scales = jax.jit(lambda p: bmo.layer_scales(chain, p, gains=gains))
-        return scales.lower(params).as_text().count("\n")
-
-    few, more, most = map(lines, (12, 24, 48))
+    few, more, most = (program(kind, n, gains).count("\n") for n in (12, 24, 48))
     assert most - more < 2.2 * (more - few)
+
+
+@pytest.mark.parametrize("gains", ["paper", "mean_field"])
+@pytest.mark.parametrize("kind", [residual, nested, attention])
+def test_sums_and_integrals_are_in_a_program_once(kind, gains):
+    """What a layer adds is its norms and its scales, whatever the rules compute."""
+    few, more = (program(kind, n, gains) for n in (24, 48))
+    for operation in ("while", "log_plus_one", "exponential", "dot_general"):
+        found = f"stablehlo.{operation}"
+        assert few.count(found) == more.count(found)
+    assert more.count("stablehlo.while") == 1
