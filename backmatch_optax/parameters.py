@@ -286,7 +286,7 @@ def _locate_links(
                 )
         site = Site(link, label, shape, after, params, arms, stacked)
         if isinstance(link, _spec.Memory):
-            with _naming(name, f"{source} has shape {shape}"):
+            with _naming(place, link, source, shape):
                 link.bind(site, [*every(arms["links"])])
         if path is not None:
             first = paths.first_uses.setdefault(path, site)
