@@ -354,6 +354,7 @@ def _with_made(
     for turn, (in_lanes, called) in enumerate(turns):
         for lane, one in enumerate(in_lanes):
             parts[turn, lane : lane + lanes * len(one.parts) : lanes] = one.parts
+            assert not callable(one.kind)
             kinds[turn, lane], has_floor[turn, lane] = one.kind, one.floor is not None
         for one in called:
             parts[turn, 2 * lanes : 2 * lanes + len(one.known)] = one.known
