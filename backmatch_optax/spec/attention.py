@@ -297,11 +297,10 @@ class DotProductAttention(Link):
             return None
         queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
         if arm == 2:  # weights sum to 1: the mean over keys is a mean over queries
-            handed = self._handed(here) * keys
-            one = number(1.0)
-            return (
-                one if here.common is None else one + here.common * (queries - 1.0)
-            ) / handed
+            shared = number(1.0)
+            if here.common is not None:
+                shared = shared + here.common * (queries - 1.0)
+            return shared / (self._handed(here) * keys)
         if here.common is None:
             return None
         return here.common * self._gain(here, "agreed")

@@ -432,7 +432,26 @@ class Outputs(Link):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Input(Link):
+class Beginning(Link):
+    """The first link of an arm, with a signal of its own for what lies below."""
+
+    shape: Sequence[int]
+
+    begins = True
+
+    def validate(self) -> None:
+        self._canonical(shape=checked_shape("shape", self.shape))
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """As declared."""
+        del input_shape, param_shapes
+        return tuple(self.shape)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Input(Beginning):
     """Another input of the model, in the place of what lies below.
 
     The first link of an arm: a second tower, or what a decoder attends to. The input
@@ -458,23 +477,13 @@ class Input(Link):
       spec.Input((16,))
     """
 
-    shape: Sequence[int]
     common: float = dataclasses.field(default=0.0, kw_only=True)
 
-    begins = True
-
     def validate(self) -> None:
-        self._canonical(shape=checked_shape("shape", self.shape))
+        super().validate()
         wanted = "a number of at least 0 and below 1"
         check_number("common", self.common, wanted, lambda n: 0.0 <= n < 1.0)
         self._canonical(common=float(self.common))
-
-    def shape_after(
-        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
-    ) -> Shape:
-        """As declared."""
-        del input_shape, param_shapes
-        return tuple(self.shape)
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field or not self.common:

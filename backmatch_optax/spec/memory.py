@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from backmatch_optax.moments import Moments
-from backmatch_optax.spec.link import Link, Shape, Site, checked_links
-from backmatch_optax.spec.windows import checked_shape
+from backmatch_optax.spec.composite import Beginning
+from backmatch_optax.spec.link import Link, Site, checked_links
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -83,7 +83,7 @@ class Memory(Link):
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Recall(Link):
+class Recall(Beginning):
     """What the nearest `Memory` around it keeps, at the start of an arm.
 
     Args:
@@ -98,20 +98,6 @@ class Recall(Link):
       >>> spec.Attention("cross", memory=spec.Recall((9, 16)))
       spec.Attention('cross', memory=spec.Recall((9, 16)))
     """
-
-    shape: Sequence[int]
-
-    begins = True
-
-    def validate(self) -> None:
-        self._canonical(shape=checked_shape("shape", self.shape))
-
-    def shape_after(
-        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
-    ) -> Shape:
-        """As declared."""
-        del input_shape, param_shapes
-        return tuple(self.shape)
 
     def moments_after(self, here: Site) -> Moments:
         memory: Any = here.memory

@@ -139,6 +139,11 @@ def compared(
     return factors[worst], worst
 
 
+def named_blocks(refusal: ValueError) -> str:
+    """The blocks that a refusal names, as one would paste them; empty for none."""
+    return str(refusal).partition("Pass blocks=")[2].partition(" to make")[0]
+
+
 def row(name: str, batch: int) -> str:
     """The line of the table for one model."""
     model, library, shapes = MODELS[name]
@@ -154,7 +159,7 @@ def row(name: str, batch: int) -> str:
         seconds = time.perf_counter() - start
         reason = str(error).removeprefix("infer_spec: ").partition(" (")[0]
         reason = reason.partition(". ")[0]
-        told = str(error).partition("Pass blocks=")[2].partition(" to make")[0]
+        told = named_blocks(error)
         if not told:
             return (
                 f"| {name} | {library} | refused: {reason}; only measured scales | | "

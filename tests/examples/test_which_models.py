@@ -31,8 +31,7 @@ def test_what_is_refused_names_a_block_that_works(name):
     inputs = which_models.random_inputs(shapes, 4)
     with pytest.raises(ValueError, match="Pass blocks=") as refusal:
         bmo.infer_spec(model, *inputs)
-    text = str(refusal.value).partition("Pass blocks=")[2].partition(" to make")[0]
-    blocks = eval(text, {"spec": bmo.spec})
+    blocks = eval(which_models.named_blocks(refusal.value), {"spec": bmo.spec})
     assert bmo.infer_spec(model, *inputs, blocks=blocks).layers
 
 

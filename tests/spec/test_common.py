@@ -58,11 +58,11 @@ def test_terms_add_up_where_all_positions_get_the_same(name):
     for path, ratio in ratios.items():
         if "key/bias" not in path:  # without a gradient
             assert 0.65 < ratio < 1.5, (path, ratio)
-    if name == "attention":
-        return
     # As if terms were unrelated, the largest would be off by the number of positions.
     without = agreement(Pooled(body), links, normal(12, 32), draws=5, gains="paper")
-    assert max(1 / ratio for ratio in without.values()) > 4
+    assert (
+        max(1 / ratio for path, ratio in without.items() if "key/bias" not in path) > 4
+    )
 
 
 class Dense(nn.Module):

@@ -41,6 +41,7 @@ from examples.studies.cifar.experiments import (
     Schedule,
     climb,
     learning_rates,
+    worth,
 )
 from examples.studies.cifar.trainer import OutOfTime, Run, train
 
@@ -282,11 +283,14 @@ def main(arguments: Sequence[str] | None = None) -> bool:
 
 def best(scores: dict[Candidate, float], *, each_decay: bool) -> list[Candidate]:
     """The candidates with the best score, of all or for each decay; NaN is worst."""
-    key = lambda c: scores[c] if scores[c] == scores[c] else -1.0  # noqa: E731
+
+    def value(candidate: Candidate) -> float:
+        return worth(scores[candidate])
+
     if not each_decay:
-        return [max(scores, key=key)]
+        return [max(scores, key=value)]
     decays = dict.fromkeys(decay for _, decay in scores)
-    return [max((c for c in scores if c[1] == d), key=key) for d in decays]
+    return [max((c for c in scores if c[1] == d), key=value) for d in decays]
 
 
 if __name__ == "__main__":

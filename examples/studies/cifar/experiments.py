@@ -126,6 +126,11 @@ WEIGHT_DECAYS = dict.fromkeys(LEARNING_RATES, (0.0, 5e-4, 5e-3)) | {
 Candidate = tuple[float, float]  # rate and decay
 
 
+def worth(score: float) -> float:
+    """The score, to compare; that of a run that diverged is the least."""
+    return -math.inf if math.isnan(score) else score
+
+
 def climb(
     score: Callable[[Sequence[Candidate]], Mapping[Candidate, float]], start: Candidate
 ) -> dict[Candidate, float]:
@@ -148,8 +153,7 @@ def climb(
     found: dict[Candidate, float] = {}
 
     def value(place: tuple[int, int]) -> float:
-        known = found[rates[place[0]], decays[place[1]]]
-        return known if known == known else -math.inf
+        return worth(found[rates[place[0]], decays[place[1]]])
 
     while True:
         beside = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]
