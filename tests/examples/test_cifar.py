@@ -76,15 +76,17 @@ NAMES = ("NHWC", "HWIO", "NHWC")
 @pytest.mark.parametrize(
     ("image", "kernel", "strides", "padding", "way"),
     [
-        ((12, 16, 1), (5, 3), (1, 1), "VALID", "in_blocks"),
-        ((12, 16, 3), (5, 3), (1, 1), [(0, 0), (0, 0)], "in_blocks"),
-        ((2, 2, 5), (3, 3), (1, 1), "SAME", "as_product"),
-        ((1, 1, 5), (3, 3), (1, 1), "SAME", "as_product"),
-        ((2, 3, 5), (4, 3), (2, 1), [(2, 1), (0, 3)], "as_product"),
-        ((3, 3, 5), (3, 3), (1, 1), "SAME", None),
-        ((13, 16, 3), (5, 3), (1, 1), "VALID", None),
-        ((12, 16, 3), (5, 3), (2, 2), "VALID", None),
-        ((12, 16, 3), (5, 3), (1, 1), "SAME", None),
+        ((12, 16, 1), (5, 3), (1, 1), "VALID", "blocks of 2"),
+        ((12, 16, 3), (5, 3), (1, 1), [(0, 0), (0, 0)], "blocks of 2"),
+        ((12, 16, 8), (5, 5), (1, 1), "VALID", "blocks of 2"),
+        ((12, 16, 3), (5, 5), (1, 1), "VALID", "blocks of 4"),
+        ((2, 2, 5), (3, 3), (1, 1), "SAME", "product"),
+        ((1, 1, 5), (3, 3), (1, 1), "SAME", "product"),
+        ((2, 3, 5), (4, 3), (2, 1), [(2, 1), (0, 3)], "product"),
+        ((3, 3, 5), (3, 3), (1, 1), "SAME", "XLA"),
+        ((13, 16, 3), (5, 3), (1, 1), "VALID", "XLA"),
+        ((12, 16, 3), (5, 3), (2, 2), "VALID", "XLA"),
+        ((12, 16, 3), (5, 3), (1, 1), "SAME", "XLA"),
     ],
 )
 def test_convolutions_on_cpu_are_the_convolutions(
@@ -102,13 +104,21 @@ def test_convolutions_on_cpu_are_the_convolutions(
 
     xlas = value_and_pullback(jax.lax.conv_general_dilated)
     taken = []
-    for name in ("in_blocks", "as_product"):
-        ours = getattr(cpu, name)
-        spy = lambda *a, ours=ours, name=name: taken.append(name) or ours(*a)  # noqa: E731
-        monkeypatch.setattr(cpu, name, spy)
+    in_blocks, as_product = cpu.in_blocks, cpu.as_product
+
+    def blocks(lhs, rhs, size):
+        taken.append(f"blocks of {size}")
+        return in_blocks(lhs, rhs, size)
+
+    def product(*arguments):
+        taken.append("product")
+        return as_product(*arguments)
+
+    monkeypatch.setattr(cpu, "in_blocks", blocks)
+    monkeypatch.setattr(cpu, "as_product", product)
     for got, expected in zip(value_and_pullback(cpu.conv), xlas, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    assert taken == ([way] if way else [])
+    assert (taken or ["XLA"]) == [way]
 
 
 @pytest.mark.parametrize(
