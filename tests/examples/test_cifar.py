@@ -236,6 +236,12 @@ def test_flips_and_rotations_move_pixels_and_keep_what_is_constant():
     )
 
 
+def test_a_quarter_turn_is_exact():
+    image = jax.random.uniform(jax.random.key(0), (5, 5, 3))
+    turned = trainer.rotate(image, np.pi / 2)
+    np.testing.assert_allclose(turned, np.rot90(image), atol=1e-5)
+
+
 def test_methods_share_initial_weights_and_batches():
     experiment = dataclasses.replace(
         EXPERIMENTS["lenet_fig2"], dataset="digits", train_images=256

@@ -10,17 +10,18 @@ are all a checkpoint needs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import dm_pix as pix
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.scipy.ndimage import map_coordinates
 from jax.tree_util import keystr
 from tqdm import tqdm
 
@@ -265,13 +266,31 @@ class Program:
 def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     """A random flip and a random rotation of each image."""
 
-    def one(key: jax.Array, image: Any) -> Any:
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
         flip, turn = jax.random.split(key)
-        image = pix.random_flip_left_right(flip, image)
-        angle: Any = jax.random.uniform(turn, minval=-1, maxval=1) * _MAX_ROTATION
-        return pix.rotate(image, angle)  # bilinear, the nearest pixel beyond the edge
+        image = jnp.where(jax.random.bernoulli(flip), image[:, ::-1], image)
+        angle = jax.random.uniform(turn, minval=-1, maxval=1) * _MAX_ROTATION
+        return rotate(image, angle)
 
     return jax.vmap(one)(jax.random.split(key, len(images)), images)
+
+
+def rotate(image: jax.Array, angle: jax.Array | float) -> jax.Array:
+    """An image turned about its centre; bilinear, the nearest pixel beyond the edge.
+
+    Args:
+      image: shape (height, width, channels).
+      angle: in radians, counter-clockwise.
+    """
+    centre = (np.array(image.shape[:2]) - 1) / 2
+    down, right = np.indices(image.shape[:2]) - centre[:, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    read = [
+        cos * down + sin * right + centre[0],
+        cos * right - sin * down + centre[1],
+    ]
+    turn = functools.partial(map_coordinates, coordinates=read, order=1, mode="nearest")
+    return jax.vmap(turn, -1, -1)(image)
 
 
 def train(
