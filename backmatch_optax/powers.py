@@ -566,7 +566,8 @@ def separate(vector: jax.Array) -> list[jax.Array]:
     value lies behind a barrier.
     """
     # Unsigned: no operations for places that count from the end.
-    places = _once([np.uint32(place) for place in range(vector.shape[0])])
+    places = [np.uint32(place) for place in range(vector.shape[0])]
+    vector, places = _once((vector, places))
     return [_entry(vector, place) for place in places]
 
 
