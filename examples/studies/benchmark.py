@@ -379,7 +379,7 @@ def _gpt_step(method: str) -> Any:
 
 
 def inference() -> Iterator[str]:
-    """How long `infer_spec` takes for a batch of 256 images."""
+    """How long `infer_spec` takes for a batch of 256 images, or of 8 texts."""
     for name in ("resnet18", "resnet50"):
         model, chain = models.MODELS[name](10, (32, 32, 3))
         images = jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.float32)
@@ -388,6 +388,14 @@ def inference() -> Iterator[str]:
         seconds = time.perf_counter() - start
         assert inferred == chain, "the declared chain is what the model does"
         yield f"infer_spec of {name}: {seconds:.2f} s"
+    size = language_model.Size(layers=24)
+    gpt = nnx.eval_shape(lambda: language_model.GPT(size, rngs=nnx.Rngs(0)))
+    tokens = jax.ShapeDtypeStruct((8, size.context), jnp.int32)
+    start = time.perf_counter()
+    inferred = bmo.infer_spec(gpt, tokens)
+    seconds = time.perf_counter() - start
+    assert inferred == language_model.declared(size)
+    yield f"infer_spec of a GPT of 24 layers: {seconds:.2f} s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
