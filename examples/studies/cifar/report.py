@@ -65,7 +65,12 @@ HOW_TO_READ = """
 * `±` is the standard deviation over seeds. The mean over the last third of the epochs,
   less noisy at a fixed rate, was added after looking.
 """
-_LINES = {"backmatch": "-", "sgd": ":", "backmatch, norms kept": "--"}
+_LINES = {
+    "backmatch": "-",
+    "backmatch, default": "-.",
+    "sgd": ":",
+    "backmatch, norms kept": "--",
+}
 # The same colour for a method in every picture.
 _COLOURS = {m: plt.get_cmap("tab20")(2 * i % 19) for i, m in enumerate(methods.ALL)}
 
@@ -366,7 +371,7 @@ def plot_norms(results: Results, path: Path) -> bool:
         axis.set(xlabel="epoch", yscale="log", title=f"weight decay {decay:g}")
     axes[0, 0].set_ylabel("Frobenius norm of the kernel")
     drawn = {method for method, *_ in shown}
-    kinds = {"-": "line", ":": "dots", "--": "dashes"}
+    kinds = {"-": "line", ":": "dots", "--": "dashes", "-.": "dashes and dots"}
     listed = [f"{kinds[_LINES[method]]}: {method}" for method in sorted(drawn)]
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(
