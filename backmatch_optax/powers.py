@@ -563,7 +563,7 @@ def separate(vector: jax.Array) -> list[jax.Array]:
 
     A slice at a static place is a kernel of its own for every place, compiled one by
     one, and so is whatever XLA fuses it into. Here the place is an operand, and its
-    value lies behind a barrier.
+    value lies behind a barrier. So does the vector: what made it is computed once.
     """
     # Unsigned: no operations for places that count from the end.
     places = [np.uint32(place) for place in range(vector.shape[0])]

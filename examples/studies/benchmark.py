@@ -357,11 +357,18 @@ def _resnet_step(method: str) -> Any:
     return step.lower(state, images, labels)
 
 
+_DEEP_GPT = language_model.Size(layers=24)
+
+
+def _abstract_gpt(size: language_model.Size) -> language_model.GPT:
+    """The language model with shapes for parameters."""
+    return nnx.eval_shape(lambda: language_model.GPT(size, rngs=nnx.Rngs(0)))
+
+
 def _gpt_step(method: str) -> Any:
-    size = language_model.Size(layers=24)
+    size = _DEEP_GPT
     tx = optimizer(method, language_model.declared(size))
-    model = nnx.eval_shape(lambda: language_model.GPT(size, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model)
+    graph, params = nnx.split(_abstract_gpt(size))
 
     def step(params: Any, opt_state: Any, tokens: jax.Array) -> Any:
         def loss_of(params: Any) -> jax.Array:
@@ -380,22 +387,21 @@ def _gpt_step(method: str) -> Any:
 
 def inference() -> Iterator[str]:
     """How long `infer_spec` takes for a batch of 256 images, or of 8 texts."""
-    for name in ("resnet18", "resnet50"):
-        model, chain = models.MODELS[name](10, (32, 32, 3))
-        images = jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.float32)
+    size = _DEEP_GPT
+    tokens = jax.ShapeDtypeStruct((8, size.context), jnp.int32)
+    cases: dict[str, tuple[Any, ...]] = {
+        name: (*models.MODELS[name](10, (32, 32, 3)), images, {"train": True})
+        for name in ("resnet18", "resnet50")
+    }
+    declared = language_model.declared(size)
+    cases["a GPT of 24 layers"] = (_abstract_gpt(size), declared, tokens, {})
+    for name, (model, chain, inputs, options) in cases.items():
         start = time.perf_counter()
-        inferred = bmo.infer_spec(model, images, train=True)
+        inferred = bmo.infer_spec(model, inputs, **options)
         seconds = time.perf_counter() - start
         assert inferred == chain, "the declared chain is what the model does"
         yield f"infer_spec of {name}: {seconds:.2f} s"
-    size = language_model.Size(layers=24)
-    gpt = nnx.eval_shape(lambda: language_model.GPT(size, rngs=nnx.Rngs(0)))
-    tokens = jax.ShapeDtypeStruct((8, size.context), jnp.int32)
-    start = time.perf_counter()
-    inferred = bmo.infer_spec(gpt, tokens)
-    seconds = time.perf_counter() - start
-    assert inferred == language_model.declared(size)
-    yield f"infer_spec of a GPT of 24 layers: {seconds:.2f} s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,8 +3,7 @@
 XLA is slow on a CPU in three places, which `conv` and `max_pool` avoid, and `faster`
 puts them into a network:
 
-* A convolution of few input channels. LeNet's two take three quarters of a training
-  step.
+* A convolution of few input channels. LeNet's two take most of a training step.
 * A convolution of an image smaller than the kernel, such as a 2x2 image under a 3x3
   kernel. XLA's algebraic simplifier swaps the two, and the kernel is convolved with the
   image. VGG11 has two on 2x2 images, which take three quarters of a training step.
@@ -64,9 +63,11 @@ def conv(
         if math.prod(kernel) > math.prod(image):
             return as_product(lhs, rhs, window_strides, padding)
         unpadded = not any(size for pair in padding for size in pair)
-        if unpadded and set(window_strides) == {1} and lhs.shape[-1] <= 8:
+        channels = lhs.shape[-1]
+        if unpadded and set(window_strides) == {1} and channels <= 8:
             sizes = [*image, *(i - k + 1 for i, k in zip(image, kernel, strict=True))]
-            for size in (4, 2) if lhs.shape[-1] <= 3 else (2,):
+            # A larger block has a larger product, and more of it is zeros.
+            for size in (4, 2) if channels <= 3 else (2,):
                 if not any(pixels % size for pixels in sizes):
                     return in_blocks(lhs, rhs, size)
     return jax.lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
@@ -131,17 +132,10 @@ def in_blocks(lhs: jax.Array, rhs: jax.Array, size: int) -> jax.Array:
         for j in range(across)
     ]
     # One shifted kernel for each pixel of a block of outputs.
+    below, right = down * size - rows, across * size - columns
     shifted = jnp.stack(
         [
-            jnp.pad(
-                rhs,
-                (
-                    (i, down * size - rows - i),
-                    (j, across * size - columns - j),
-                    (0, 0),
-                    (0, 0),
-                ),
-            )
+            jnp.pad(rhs, ((i, below - i), (j, right - j), (0, 0), (0, 0)))
             for i in range(size)
             for j in range(size)
         ],
