@@ -14,7 +14,11 @@ import numpy as np
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "examples" / "studies" / "results" / "transfer.json"
-TITLES = {"sgd": "SGD", "backmatch": "SGD with back-matched scales"}
+TITLES = {
+    "sgd": "SGD",
+    "backmatch, default": "SGD with the line",
+    "backmatch, normalized": "SGD with the line, limit=None",
+}
 
 
 def main() -> None:
@@ -22,7 +26,7 @@ def main() -> None:
     study = json.loads(RESULTS.read_text())
     rates = np.array(study["rates"])
     figure, all_axes = plt.subplots(
-        1, 2, figsize=(8, 2.9), sharex=True, sharey=True, layout="constrained"
+        1, 3, figsize=(10, 2.9), sharex=True, sharey=True, layout="constrained"
     )
     for axes, (method, title) in zip(all_axes, TITLES.items(), strict=True):
         for change, curves in study["curves"]["balance of layers"].items():

@@ -2,9 +2,9 @@
 
 Networks differ in width, depth, the size of their initial weights, how these are spread
 over the layers, their kind and the number of classes. Each is trained for a few hundred
-steps at every learning rate of a grid by SGD, by backmatch with the papers' scales, and
-by backmatch with `normalize=True`, which divides the scales by their mean so that SGD's
-rate is theirs.
+steps at every learning rate of a grid: by SGD, by backmatch with the papers' scales,
+with the default ones, and "normalized", with `limit=None`. The last two are divided by
+their mean, so that SGD's rate is theirs.
 
     python -m examples.studies.transfer
     python -m examples.studies.transfer --dataset cifar10 --networks mlp lenet
@@ -28,16 +28,14 @@ import optax
 from tqdm import tqdm
 
 import backmatch_optax as bmo
-from backmatch_optax import spec
-from examples import data, models
+from examples import cpu, data, methods, models
 from examples.arguments import whole
-from examples.studies.cifar import cpu
 from examples.training import loss_and_gradient
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
 
-METHODS = ("sgd", "backmatch", "backmatch, normalized")
+METHODS = ("sgd", "backmatch", "backmatch, default", "backmatch, normalized")
 LEARNING_RATES = tuple(2.0**power for power in range(-13, 2))
 _BATCH, _TEST = 128, 5000  # images a step, and images to test with
 
@@ -103,25 +101,6 @@ class MLP(nn.Module):
         return nn.Dense(self.classes, use_bias=False, kernel_init=init)(x)
 
 
-def mlp_spec(depth: int, input_shape: tuple[int, ...]) -> spec.LayerChain:
-    """The declared chain of `MLP`, of any width."""
-    links: list[spec.Link] = [spec.Flatten()]
-    for number in range(depth - 1):
-        links += [spec.Dense(f"Dense_{number}"), spec.Activation("relu")]
-    links.append(spec.Dense(f"Dense_{depth - 1}"))
-    return spec.LayerChain(links, input_shape=input_shape)
-
-
-def optimizer(
-    method: str, rate: optax.ScalarOrSchedule, chain: spec.LayerChain
-) -> optax.GradientTransformation:
-    """Nesterov SGD, plain or after the scale."""
-    if method == "sgd":
-        return optax.sgd(rate, momentum=0.9, nesterov=True)
-    normalize = method == "backmatch, normalized"
-    return bmo.backmatch_sgd(rate, chain, normalize=normalize, limit=None)
-
-
 def images_for(network: Network, images: np.ndarray, dataset: data.Dataset):
     """Standardised images; for an MLP made smaller, digits 8x8 and CIFAR 16x16."""
     x = np.asarray(dataset.standardise(jnp.asarray(images)), np.float32)
@@ -153,7 +132,7 @@ def sensitivity(
     test_labels = dataset.test_labels[:_TEST]
     if network.kind == "mlp":
         model: nn.Module = MLP(network.depth, network.width, dataset.num_classes)
-        chain = mlp_spec(network.depth, images.shape[1:])
+        chain = bmo.infer_spec(model, images[:2], train=False)
     else:
         model, chain = models.MODELS[network.kind](
             dataset.num_classes, dataset.input_shape
@@ -161,7 +140,7 @@ def sensitivity(
         model = cpu.faster(model)
 
     def tx_at(rate: jax.Array) -> optax.GradientTransformation:
-        return optimizer(method, lambda step: rate * (1 - step / steps), chain)
+        return methods.optimizer(method, lambda step: rate * (1 - step / steps), chain)
 
     def init(rate: jax.Array, seed: jax.Array) -> tuple[Any, Any, Any]:
         variables: Any = model.init(jax.random.key(seed), images[:2], train=False)
@@ -220,7 +199,7 @@ def plot(curves: Curves, name: str, path: Path) -> None:
     figure, axes = plt.subplots(
         len(curves),
         len(METHODS),
-        figsize=(10, 2.6 * len(curves)),
+        figsize=(12, 2.6 * len(curves)),
         layout="constrained",
         sharex=True,
         sharey="row",
