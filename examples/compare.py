@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -23,9 +23,8 @@ import optax
 from tqdm import tqdm
 
 import backmatch_optax as bmo
-from examples import data, methods, models, training
+from examples import cpu, data, methods, models, training
 from examples.arguments import not_negative, whole
-from examples.studies.cifar import cpu
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
@@ -125,16 +124,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def epoch_batches(
-    dataset: data.Dataset, batch_size: int, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One pass over the training data in a new order; an incomplete batch is left."""
-    order = rng.permutation(len(dataset.train_images))
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        chosen = order[start : start + batch_size]
-        yield dataset.train_images[chosen], dataset.train_labels[chosen]
-
-
 def describe(options: argparse.Namespace, dataset: data.Dataset) -> str:
     """The declared chain with its scales at initialisation."""
     model, chain = models.MODELS[options.model](
@@ -176,7 +165,9 @@ def train(options: argparse.Namespace, dataset: data.Dataset) -> dict[str, dict]
     with tqdm(total=options.epochs * batches, unit="step") as bar:
         for _ in range(options.epochs):
             losses: dict[str, list[float]] = {method: [] for method in states}
-            for images, labels in epoch_batches(dataset, options.batch_size, rng):
+            for chosen in dataset.batches(options.batch_size, rng):
+                images = dataset.train_images[chosen]
+                labels = dataset.train_labels[chosen]
                 for method in states:
                     start = time.perf_counter()
                     states[method], loss = step(states[method], images, labels)

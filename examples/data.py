@@ -51,6 +51,14 @@ class Dataset(NamedTuple):
             self.num_classes,
         )
 
+    def batches(self, size: int, rng: np.random.Generator) -> np.ndarray:
+        """Which training images are in each batch of a pass, shape=(batches, size).
+
+        In a new order; what does not fill a batch is left out.
+        """
+        order = rng.permutation(len(self.train_labels))
+        return order[: len(order) // size * size].reshape(-1, size)
+
     def standardise(self, images: jax.Array) -> jax.Array:
         """uint8 images as float32 with the training set's channel mean 0 and std 1."""
         return (images.astype(np.float32) / 255 - self.mean) / self.std

@@ -196,9 +196,8 @@ def batches(
 
     `rng` is to be the same in every process; what does not fill a batch is left out.
     """
-    order = rng.permutation(len(dataset.train_labels))
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        rows = my_rows(order[start : start + batch_size])
+    for batch in dataset.batches(batch_size, rng):
+        rows = my_rows(batch)
         images = program.place(dataset.train_images[rows])
         yield images, program.place(dataset.train_labels[rows])
 

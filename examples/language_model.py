@@ -37,7 +37,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from backmatch_optax.parameters import text as path_text
-from examples.arguments import not_negative, positive, whole
+from examples.arguments import positive, whole
 
 # One token for the end of a line, one for each printable ASCII character, and one for
 # everything else.
@@ -572,7 +572,7 @@ def main(arguments: Sequence[str] | None = None) -> History:
     add("--text", type=Path, help="a directory of modules; default: Python's own")
     add("--sample", type=whole(0), default=400, help="characters to write at the end")
     add("--prompt", default="\nclass ", help="what they follow")
-    add("--temperature", type=not_negative, default=0.8, help="of the sample, above 0")
+    add("--temperature", type=positive, default=0.8, help="of the sample")
     add_size(parser, Size())
     options = parser.parse_args(arguments)
     size = size_of(options, parser)

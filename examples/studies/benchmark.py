@@ -31,9 +31,8 @@ from tqdm import tqdm
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
-from examples import data, language_model, methods, models, training
+from examples import cpu, data, language_model, methods, models, training
 from examples.arguments import whole
-from examples.studies.cifar import cpu
 
 METHODS = ("sgd", "backmatch", "lars", "lamb", "adamw", "muon")
 PARTS = ("updates", "steps", "refreshes", "depth", "programs", "inference")

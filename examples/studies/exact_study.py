@@ -36,7 +36,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from backmatch_optax.exact import linen as exact_linen
-from examples import data, methods, models
+from examples import data, methods
 from examples.arguments import whole
 
 matplotlib.use("Agg")
@@ -83,14 +83,6 @@ class MLP(nn.Module):
             )(x)
             x = self.relu(x)
         return self.layers.Dense(10, name="head", **self.options)(x)
-
-
-def mlp_spec(input_shape: tuple[int, ...]) -> spec.LayerChain:
-    """The declared chain of `MLP`."""
-    links: list[spec.Link] = [spec.Flatten()]
-    for index in range(3):
-        links += [spec.Dense(f"fc{index + 1}"), spec.Activation("relu")]
-    return spec.LayerChain([*links, spec.Dense("head")], input_shape=input_shape)
 
 
 class LeNet(nn.Module):
@@ -158,9 +150,7 @@ class Problem:
         rng = np.random.default_rng(seed)
         images, labels = self.dataset.train_images, self.dataset.train_labels
         while True:
-            order = rng.permutation(len(images))
-            for start in range(0, len(order) - BATCH + 1, BATCH):
-                chosen = order[start : start + BATCH]
+            for chosen in self.dataset.batches(BATCH, rng):
                 yield images[chosen], labels[chosen]
 
 
@@ -568,8 +558,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             else (LeNet, 1, options.steps)
         )
         chosen = subset(loaded, options.train_images, 2000, every)
-        chain_of = mlp_spec if name == "mlp" else models.lenet_spec
-        chain = chain_of(chosen.input_shape)
+        images = chosen.standardise(jnp.asarray(chosen.train_images[:2]))
+        chain = bmo.infer_spec(network(), images)
         title = f"{name} on {options.dataset}"
         problems.append(Problem(title, network, chain, chosen, steps))
     results: dict[str, Any] = {}

@@ -41,7 +41,7 @@ from backmatch_optax.measured import module_of
 from backmatch_optax.parameters import text as path_text
 from examples import language_model as lm
 from examples.arguments import whole
-from examples.studies import results_file
+from examples.studies import markdown, results_file
 from examples.studies.intervals import Difference, forest, welch
 
 matplotlib.use("Agg")
@@ -201,7 +201,7 @@ class Study:
                     "cannot be compared. Give another --results."
                 )
 
-    def __call__(self, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    def __call__(self, methods: Sequence[str]) -> None:
         """Tunes each method and trains the best rate with every seed.
 
         Where one of them diverges, the next best rate is taken.
@@ -210,7 +210,7 @@ class Study:
             for method in bar:
                 bar.set_description(method)
                 for rate in self.tuned(method):
-                    losses = [self.loss(method, rate, seed) for seed in seeds]
+                    losses = [self.loss(method, rate, seed) for seed in SEEDS]
                     if np.isfinite(losses).all():
                         break
                 self._trainer.cache_clear()
@@ -264,8 +264,8 @@ class Study:
             "seed": seed,
             **self.identity,
             "diverged": history.diverged,
-            "validation": _rounded(history.validation),
-            "train": _rounded(steps.mean(1)),  # means between validations
+            "validation": results_file.rounded(history.validation),
+            "train": results_file.rounded(steps.mean(1)),  # means between validations
             "cpu_seconds": round(time.process_time() - start, 1),
             "text": self._text.source,
             "versions": {name: metadata.version(name) for name in packages}
@@ -273,11 +273,6 @@ class Study:
             "device": jax.devices()[0].device_kind,
             "cores": len(os.sched_getaffinity(0)),
         }
-
-
-def _rounded(values: np.ndarray) -> list[float | None]:
-    """Five digits; None for what is not a finite number, which JSON does not know."""
-    return [float(f"{v:.5g}") if np.isfinite(v) else None for v in values]
 
 
 def scales_by_layer(
@@ -491,9 +486,8 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
         "one of them diverged, the next best rate was taken, with the same seeds. "
         "Differences have unpaired 95 % intervals (Welch).",
         "",
-        "| method | rate | seeds | loss | less SGD's | less AdamW's | less Muon's |",
-        "|---|---|---|---|---|---|---|",
     ]
+    rows = []
     for method, summary in found.items():
         last = summary.last
         cells = [method, f"{summary.rate:.3g}", str(len(last))]
@@ -508,7 +502,10 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
         for other in ("sgd", "adamw", "muon"):
             known = other in found and other != method
             cells.append(between(welch(last, found[other].last)) if known else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
+    header = ["method", "rate", "seeds", "loss"]
+    header += ["less SGD's", "less AdamW's", "less Muon's"]
+    lines += markdown.table(header, rows)
     if "muon" in found:
         loss = float(found["muon"].last.mean())
         lines += [
@@ -518,15 +515,14 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
             f"Muon ends at {loss:.3f} after {protocol['steps']} steps. The mean curve "
             "of each method reaches that after",
             "",
-            "| method | steps | of Muon's |",
-            "|---|---|---|",
         ]
+        rows = []
         for method, summary in found.items():
             steps = steps_to(summary.curves.mean(0), loss, protocol["every"])
             share = steps / protocol["steps"]
             reached = [f"{steps:.0f}", f"{share:.2f}"]
-            cells = reached if steps == steps else ["not reached", ""]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
+            rows.append([method, *(reached if steps == steps else ["not reached", ""])])
+        lines += markdown.table(["method", "steps", "of Muon's"], rows)
     lines += [
         "",
         "## Tuning",
@@ -534,15 +530,15 @@ def report(runs: Sequence[Record], scales: Mapping[str, Mapping[str, Record]]) -
         f"Validation loss after the last step with seed {TUNING_SEED}. The last two "
         "columns count every run of the method, whatever its seed.",
         "",
-        "| method | loss by rate | runs | diverged |",
-        "|---|---|---|---|",
     ]
+    rows = []
     for method, summary in found.items():
         tried = ", ".join(
             f"{rate:.3g}: {'diverged' if loss == float('inf') else f'{loss:.3f}'}"
             for rate, loss in summary.tuning.items()
         )
-        lines.append(f"| {method} | {tried} | {summary.runs} | {summary.diverged} |")
+        rows.append([method, tried, str(summary.runs), str(summary.diverged)])
+    lines += markdown.table(["method", "loss by rate", "runs", "diverged"], rows)
     lines += ["", "## Scales at initialisation", "", *scale_tables(scales)]
     lines += [
         "",
@@ -569,13 +565,14 @@ def scale_tables(scales: Mapping[str, Mapping[str, Record]]) -> list[str]:
             "",
             f"### {title[0].upper()}{title[1:]}",
             "",
-            f"| role | {' | '.join(names.get(k, k) for k in kinds)} | Blockwise |",
-            "|---" * (2 + len(kinds)) + "|",
         ]
+        rows = []
         for name in kinds["mean_field"]:
             cells = [f"{means[name] / means['norm']:.2g}" for means in kinds.values()]
             theirs = BLOCKWISE.get(name, 1.0 if "norm" in name else None)
-            lines.append(f"| {name} | {' | '.join(cells)} | {theirs or ''} |")
+            rows.append([name, *cells, theirs or ""])
+        header = ["role", *(names.get(kind, kind) for kind in kinds), "Blockwise"]
+        lines += markdown.table(header, rows)
         ratios = {p: v["mean_field"] / v["measured"] for p, v in layers.items()}
         low, high = (f(ratios, key=lambda p: ratios[p]) for f in (min, max))
         lines += [
@@ -689,7 +686,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--steps", type=whole(1), default=Protocol.steps, help="of a run")
     add("--batch-size", type=whole(1), default=Protocol.batch_size, help="sequences")
     add("--every", type=whole(1), default=Protocol.every, help="steps to a validation")
-    add("--seeds", nargs="+", type=whole(0), default=[*SEEDS], help="of the best rate")
     add("--results", type=Path, default=RESULTS, help="a directory; pictures go above")
     add("--report", action="store_true", help="no training")
     lm.add_size(parser, SIZE)
@@ -702,7 +698,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         protocol = Protocol(options.steps, options.batch_size, options.every)
         with results_file.alone_with(options.results / "runs.jsonl"):
             study = Study(text, protocol, options.results / "runs.jsonl", size)
-            study(options.methods, options.seeds)
+            study(options.methods)
             write_scales(options.results / "scales.json", text)
     write_report(options.results)
 

@@ -91,23 +91,13 @@ class MLP(nn.Module):
         return nn.Dense(10, kernel_init=init)(x)
 
 
-def mlp_spec(pixels: int, hidden: Sequence[int] = HIDDEN) -> spec.LayerChain:
-    """The declared chain of `MLP`."""
-    links: list[spec.Link] = []
-    for number in range(len(hidden)):
-        links += [spec.Dense(f"Dense_{number}"), spec.Activation("tanh")]
-        links.append(spec.Dropout())
-    links.append(spec.Dense(f"Dense_{len(hidden)}"))
-    return spec.LayerChain(links, input_shape=(pixels,))
-
-
-def momentum_schedule(max_momentum: float = 0.99) -> optax.Schedule:
-    """`min(mu_max, 1 - 1 / (2 (floor(t / 250) + 1)))` of step t (Sutskever, 2013).
+def momentum_schedule() -> optax.Schedule:
+    """`min(0.99, 1 - 1 / (2 (floor(t / 250) + 1)))` of step t (Sutskever, 2013).
 
     >>> [round(float(momentum_schedule()(t)), 3) for t in (0, 249, 250, 500, 10**6)]
     [0.5, 0.5, 0.75, 0.833, 0.99]
     """
-    return lambda t: jnp.minimum(max_momentum, 1 - 0.5 / (jnp.asarray(t) // 250 + 1))
+    return lambda t: jnp.minimum(0.99, 1 - 0.5 / (jnp.asarray(t) // 250 + 1))
 
 
 def optimizer(
@@ -147,7 +137,7 @@ def train(
     model = MLP(initializer=lesson.initializer, dropout=lesson.dropout)
     key = jax.random.key(seed)
     params = model.init(key, x[:1], train=False)["params"]
-    tx = optimizer(lesson, backmatch, rate, mlp_spec(x.shape[-1]))
+    tx = optimizer(lesson, backmatch, rate, bmo.infer_spec(model, x[:1], train=False))
 
     def mean_loss(params, x, y, train: bool, rngs=None) -> jax.Array:
         logits: Any = model.apply({"params": params}, x, train, rngs=rngs)

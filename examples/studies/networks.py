@@ -213,6 +213,7 @@ class Transformer(nn.Module):
     """Two pre-norm layers over the rows of an image."""
 
     features: int = 16
+    heads: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -224,7 +225,7 @@ class Transformer(nn.Module):
         x = nn.Dense(self.features)(x) + positions
         for _ in range(2):
             y = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(num_heads=2)(y, y)
+            x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(y, y)
             y = nn.Dense(4 * self.features)(nn.LayerNorm()(x))
             x = x + nn.Dense(self.features)(nn.gelu(y))
         return nn.Dense(10)(nn.LayerNorm()(x).mean(1))

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import matplotlib
 
 import backmatch_optax as bmo
-from examples import data, models
+from examples import cpu, data, models
 from examples.arguments import whole
-from examples.studies.cifar import cpu
 from examples.training import train_logits
 
 matplotlib.use("Agg")

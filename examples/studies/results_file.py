@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -104,3 +105,8 @@ def read(path: Path) -> list[dict[str, Any]]:
             ) from None
         records.append(record)
     return records
+
+
+def rounded(values: Iterable[float]) -> list[float | None]:
+    """Five digits; None for what is not a finite number, which JSON does not know."""
+    return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]

@@ -14,7 +14,6 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from tqdm import tqdm
 import backmatch_optax as bmo
 from examples import data
 from examples.arguments import whole
+from examples.studies.networks import Transformer
 
 CANDIDATES = {
     "sgd": (0.01, 0.03, 0.1, 0.3, 1.0),
@@ -31,26 +31,6 @@ CANDIDATES = {
     "measured backmatch": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
 TUNING_SEEDS, TEST_SEEDS = (100, 101), (0, 1, 2, 3, 4)
-
-
-class Transformer(nn.Module):
-    """Two pre-norm layers over the rows of an image."""
-
-    features: int = 32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Logits of images of shape (batch, rows, columns)."""
-        positions = self.param(
-            "positions", nn.initializers.normal(0.02), (x.shape[1], self.features)
-        )
-        x = nn.Dense(self.features)(x) + positions
-        for _ in range(2):
-            y = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(num_heads=4)(y, y)
-            y = nn.Dense(4 * self.features)(nn.LayerNorm()(x))
-            x = x + nn.Dense(self.features)(nn.gelu(y))
-        return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
 
 
 def optimizer(method: str, rate: float) -> optax.GradientTransformationExtraArgs:
@@ -66,15 +46,15 @@ def optimizer(method: str, rate: float) -> optax.GradientTransformationExtraArgs
 
 
 def images_of(images: np.ndarray, dataset: data.Dataset) -> np.ndarray:
-    """Standardised images without the channel axis, 32x32 made 8x8 again."""
-    return np.asarray(dataset.standardise(jnp.asarray(images[:, ::4, ::4])))[..., 0]
+    """Standardised images, 32x32 made 8x8 again."""
+    return np.asarray(dataset.standardise(jnp.asarray(images[:, ::4, ::4])))
 
 
 def train(
     method: str, rate: float, dataset: data.Dataset, seed: int, epochs: int
 ) -> tuple[float, float]:
     """Mean training loss of the last epoch, and accuracy on the test images."""
-    model, tx = Transformer(), optimizer(method, rate)
+    model, tx = Transformer(features=32, heads=4), optimizer(method, rate)
     images = images_of(dataset.train_images, dataset)
     params = model.init(jax.random.key(seed), images[:1])["params"]
     opt_state = tx.init(params)
@@ -95,9 +75,8 @@ def train(
     rng = np.random.default_rng(seed)
     losses: list[jax.Array] = []
     for _ in range(epochs):
-        order = rng.permutation(len(images))[: len(images) // 64 * 64]
         losses = []
-        for chosen in order.reshape(-1, 64):
+        for chosen in dataset.batches(64, rng):
             params, opt_state, loss = step(
                 params, opt_state, images[chosen], dataset.train_labels[chosen]
             )

@@ -27,7 +27,10 @@ import backmatch_optax as bmo
 from backmatch_optax import spec
 from examples import data
 from examples.arguments import whole
-from examples.studies import random_networks, results_file
+from examples.studies import markdown, results_file
+from examples.studies.random_networks import search
+from examples.studies.random_networks.networks import small
+from examples.studies.random_networks.rules import transformation
 
 RESULTS = Path(__file__).parent / "results" / "width.jsonl"
 
@@ -69,7 +72,7 @@ def optimizer(
     name: str, chain: spec.LayerChain, steps: bool
 ) -> optax.GradientTransformation:
     """An optimizer with learning rate 1, and what follows it where `steps` is true."""
-    plain = random_networks.transformation(name)
+    plain = transformation(name)
     if not steps:
         return plain
     return optax.chain(plain, bmo.scale_steps_by_backmatch(chain))
@@ -85,7 +88,7 @@ def losses_by_rate(
     seeds: int,
 ) -> dict[int, float]:
     """Mean training loss of the last tenth of the steps by the rate's power of 2."""
-    images = random_networks.small(dataset, dataset.train_images[:8192])
+    images = small(dataset, dataset.train_images[:8192])
     labels = jnp.asarray(dataset.train_labels[:8192])
     model = MLP(*network, norm)
     chain = bmo.infer_spec(model, images[:2])
@@ -122,9 +125,9 @@ def losses_by_rate(
 
     compiled = jax.jit(jax.vmap(train, in_axes=(None, 0, 0)))
     keys = jax.random.split(jax.random.key(0), seeds)
-    curve: random_networks.Curve = {}
+    curve: search.Curve = {}
     first = _FIRST_STEPS if steps else _FIRST[name]
-    while powers := random_networks.next_powers(curve, first):
+    while powers := search.next_powers(curve, first):
         for power in powers:
             loss = float(compiled(jnp.float32(2.0**power), keys, order).mean())
             curve[power] = (loss, loss)
@@ -150,10 +153,9 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
         names = list(dict.fromkeys((o, s) for _, o, s in cells))
         titles = [name + (", scaled" if scaled else "") for name, scaled in names]
         lines += ["", f"## {'With BatchNorm' if norm else 'Without normalisation'}", ""]
-        lines += ["| network | " + " | ".join(titles) + " |"]
-        lines += ["|---" * (len(titles) + 1) + "|"]
+        rows = []
         for network in NETWORKS:
-            row = []
+            row = [network]
             for name, scaled in names:
                 losses = cells.get((network, name, scaled))
                 if losses is None:
@@ -163,9 +165,10 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
                     int(power): (math.nan if loss is None else loss, math.nan)
                     for power, loss in losses.items()
                 }
-                best = random_networks.best(curve)
+                best = search.best(curve)
                 row.append(f"2^{best}, {curve[best][0]:.3f}")
-            lines.append(f"| {network} | " + " | ".join(row) + " |")
+            rows.append(row)
+        lines += markdown.table(["network", *titles], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -212,8 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             record = setting | dict(zip(keys, what, strict=True))
             record["losses"] = {
-                str(power): random_networks.rounded(loss)
-                for power, loss in losses.items()
+                str(power): search.rounded(loss) for power, loss in losses.items()
             }
             results_file.append([record], options.results)
             records.append(record)

@@ -28,7 +28,7 @@ from backmatch_optax.parameters import text
 from backmatch_optax.powers import stacked
 from backmatch_optax.scales import NORM_FLOOR, scale_of_params, walk
 from examples.arguments import whole
-from examples.studies import results_file
+from examples.studies import markdown, results_file
 from examples.studies.networks import NETWORKS, Network
 
 RESULTS = Path(__file__).parent / "results"
@@ -584,11 +584,9 @@ def verdicts(
 def summary(records: Sequence[Mapping[str, Any]]) -> str:
     """A row for each candidate, counted over the networks it was trained on."""
     _, found = verdicts(records)
-    lines = [
-        "| candidate | networks | diverged | within 2 % or below | best rate within 2x "
-        "| largest ratio | mean ratio | at its best rate |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["candidate", "networks", "diverged", "within 2 % or below"]
+    header += ["best rate within 2x", "largest ratio", "mean ratio", "at its best rate"]
+    table = []
 
     def mean(ratios: Sequence[float]) -> float:
         return float(np.exp(np.log(np.minimum(ratios, _DIVERGED)).mean()))
@@ -610,8 +608,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
             f"{mean(ratios):.3f}",
             f"{mean([v.best_ratio for v in all_of]):.3f}",
         ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        table.append(cells)
+    return "\n".join(markdown.table(header, table))
 
 
 def details(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
@@ -619,26 +617,24 @@ def details(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     least, found = verdicts(records)
     sgd = {r["network"]: r for r in records if r["candidate"] == "sgd"}
     names = [name for name in names if name in found]
-    lines = [
-        "| network | SGD's best rate | its loss | " + " | ".join(names) + " |",
-        "|---" * (3 + len(names)) + "|",
-    ]
+    rows = []
     for network, loss in least.items():
         cells = [network, f"{sgd[network]['best']:.3g}", f"{loss:.4g}"]
         for name in names:
             v = found[name].get(network)
             cells.append("" if v is None else f"{v.ratio:.3f} ({v.best:g})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    header = ["network", "SGD's best rate", "its loss", *names]
+    return "\n".join(markdown.table(header, rows))
 
 
-def report(records: Sequence[Mapping[str, Any]], command: str) -> str:
+def report(records: Sequence[Mapping[str, Any]]) -> str:
     """The results as a page."""
     steps, seeds = records[0]["steps"], len(records[0]["seeds"])
     missing = sorted({*NETWORKS} - {record["network"] for record in records})
     return f"""# Which normalisation keeps SGD's learning rate?
 
-    {command}
+    python -m examples.studies.zoo
 
 {steps} steps of {_BATCH} examples by SGD (Nesterov, momentum 0.9, no decay, a constant
 rate), {seeds} seeds. SGD's best rate is the one of a grid of powers of 2 with the least
@@ -710,13 +706,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--steps must be a multiple of {_CHUNK}")
     if options.rates is not None and options.rates[0] > options.rates[1]:
         parser.error("--rates: LOW must not be above HIGH")
-    records = results_file.read(options.results)
-    for record in records:
-        if (record["steps"], record["seeds"]) != (options.steps, options.seeds):
-            parser.error(
-                f"{options.results} holds runs of {record['steps']} steps and seeds "
-                f"{record['seeds']}; give another --results"
-            )
+    with results_file.alone_with(options.results):
+        records = results_file.read(options.results)
+        for record in records:
+            if (record["steps"], record["seeds"]) != (options.steps, options.seeds):
+                parser.error(
+                    f"{options.results} holds runs of {record['steps']} steps and "
+                    f"seeds {record['seeds']}; give another --results"
+                )
+        run(options, records)
+    page = report(records)
+    options.results.with_suffix(".md").write_text(page)
+    print(page)
+
+
+def run(options: argparse.Namespace, records: list[dict[str, Any]]) -> None:
+    """Trains what is not in the records yet, and adds it to them and to their file."""
     with tqdm(unit="run", smoothing=0, mininterval=1) as bar:
         for name in options.networks:
             done = {r["candidate"]: r for r in records if r["network"] == name}
@@ -741,9 +746,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 records += new
                 results_file.append(new, options.results)
             jax.clear_caches()
-    text_of_page = report(records, "python -m examples.studies.zoo")
-    options.results.with_suffix(".md").write_text(text_of_page)
-    print(text_of_page)
 
 
 if __name__ == "__main__":

@@ -338,13 +338,14 @@ def test_when_a_curve_reaches_a_loss():
 def test_the_study_records_resumes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "RATES", 2)
     monkeypatch.setattr(study, "MOST_RATES", 2)
+    monkeypatch.setattr(study, "SEEDS", (0, 1))
     larger = dataclasses.replace(TINY, tokens=200)
     small = {"tiny": TINY, "after training": TINY, "larger": larger}
     monkeypatch.setattr(study, "PICTURED", small)
     directory = tmp_path / "results" / "language_model"
     arguments = [
         *ARGUMENTS[:-2],
-        *("--steps", "4", "--methods", "sgd", "muon", "--seeds", "0", "1"),
+        *("--steps", "4", "--methods", "sgd", "muon"),
         *("--results", str(directory)),
     ]
     study.main(arguments)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import backmatch_optax as bmo
 from examples import data
 from examples.studies import lecture_notes
 from examples.studies.lecture_notes import LESSONS, Lesson
@@ -26,8 +27,8 @@ def test_every_lesson_learns_with_the_scales(name, digits):
 
 
 def test_the_momentum_follows_its_schedule():
-    chain = lecture_notes.mlp_spec(64)
     model = lecture_notes.MLP()
+    chain = bmo.infer_spec(model, jnp.zeros((1, 64)), train=False)
     params = model.init(jax.random.key(0), jnp.zeros((1, 64)), train=False)["params"]
     tx = lecture_notes.optimizer(Lesson(momentum=None), True, 0.1, chain)
     state, seen = tx.init(params), []

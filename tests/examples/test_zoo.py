@@ -47,7 +47,7 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
 
 def test_the_page_has_every_network():
     page = (zoo.RESULTS / "zoo.md").read_text()
-    assert page == zoo.report(RECORDS, "python -m examples.studies.zoo")
+    assert page == zoo.report(RECORDS)
     assert "nor have:" not in page
     assert {record["network"] for record in RECORDS} == {*NETWORKS}
 

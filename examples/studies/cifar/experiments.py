@@ -37,7 +37,7 @@ class Experiment:
     model: str
     epochs: int
     schedule: Schedule
-    augment: bool
+    augment: bool = False
     batch_size: int = 128
     momentum: float = 0.9
     dtype: str = "float32"
@@ -61,7 +61,7 @@ class Experiment:
 
 EXPERIMENTS = {
     # LeNet at a fixed rate.
-    "lenet_fig2": Experiment("cifar10", "lenet", 200, "constant", augment=False),
+    "lenet_fig2": Experiment("cifar10", "lenet", 200, "constant"),
     # VGG with a step schedule; --model and --dataset give the entries of the tables.
     "vgg_tables": Experiment("cifar100", "vgg11", 300, "step", augment=True),
     # VGG13 with a plateau schedule.

@@ -65,17 +65,17 @@ def of_group(
             identity(name, experiment, run)
             | {
                 "outcome": outcome,
-                "loss": _rounded(loss),
-                "accuracy": _rounded(history.accuracy[:trained, index]),
+                "loss": results_file.rounded(loss),
+                "accuracy": results_file.rounded(history.accuracy[:trained, index]),
                 "layer_scales": {
-                    path: _rounded(values[:trained, index])
+                    path: results_file.rounded(values[:trained, index])
                     for path, values in history.layer_scales.items()
                 },
                 "norms": {
-                    path: _rounded(values[:trained, index])
+                    path: results_file.rounded(values[:trained, index])
                     for path, values in history.norms.items()
                 },
-                "seconds": _rounded(history.seconds[:trained]),
+                "seconds": results_file.rounded(history.seconds[:trained]),
                 "runs_at_once": history.loss.shape[1],
             }
             | context
@@ -122,8 +122,3 @@ def load(path: Path) -> list[dict[str, Any]]:
                 "command trains its run again."
             ) from None
     return records
-
-
-def _rounded(values: np.ndarray) -> list[float | None]:
-    """Five digits; None for what is not a finite number, which JSON does not know."""
-    return [float(f"{v:.5g}") if np.isfinite(v) else None for v in values]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import matplotlib
 import numpy as np
 
 from examples import methods
+from examples.studies import markdown
 from examples.studies.cifar import records
 from examples.studies.cifar.experiments import Experiment
 from examples.studies.intervals import Difference, forest, welch
@@ -174,10 +176,16 @@ def best_of_tuning(tuning: Results) -> dict[str, Key]:
     """The configuration of each method with the highest held-out accuracy."""
     best: dict[str, tuple[float, Key]] = {}
     for key, runs in tuning.items():
-        scores = finals(runs, "accuracy")
-        if len(scores) and scores.mean() > best.get(key[0], (-1.0, key))[0]:
-            best[key[0]] = (float(scores.mean()), key)
+        score = held_out(runs)
+        if score > best.get(key[0], (-1.0, key))[0]:  # which NaN is not
+            best[key[0]] = score, key
     return {method: key for method, (_, key) in best.items()}
+
+
+def held_out(runs: Sequence[Record]) -> float:
+    """The mean accuracy of a candidate; NaN where one seed diverged, as in tuning."""
+    values = [math.nan if diverged(run) else run["accuracy"][-1] for run in runs]
+    return float(np.mean(values))
 
 
 def differences(
@@ -229,7 +237,7 @@ def table(
         if paper:
             row.append(f"{paper[method]:.2f}" if method in paper else "")
         rows.append(row)
-    lines = _markdown(header, rows)
+    lines = markdown.table(header, rows)
     header = ["compared", "method", "rate", "seeds", "accuracy less SGD's", "95 %"]
     header += ["in words", "training loss over SGD's, %", "95 %"]
     rows = []
@@ -249,7 +257,7 @@ def table(
                     _ends(loss, 1),
                 ]
             )
-    return [*lines, "", *_markdown(header, rows)] if rows else lines
+    return [*lines, "", *markdown.table(header, rows)] if rows else lines
 
 
 def _ends(difference: Difference, digits: int) -> str:
@@ -290,8 +298,8 @@ def tuning_table(results: Results) -> list[str]:
     """Held-out accuracy of every candidate: decays down, rates across."""
     cells: dict[tuple[str, float], dict[float, str]] = defaultdict(dict)
     for (method, rate, decay), runs in results.items():
-        values = finals(runs, "accuracy")
-        text = f"{100 * values.mean():.2f}" if len(values) else "diverged"
+        score = held_out(runs)
+        text = "diverged" if math.isnan(score) else f"{100 * score:.2f}"
         cells[method, decay][rate] = text
     rows = []
     for (method, decay), row in sorted(cells.items()):
@@ -302,7 +310,7 @@ def tuning_table(results: Results) -> list[str]:
             for rate, text in sorted(row.items())
         ]
         rows.append([method, f"{decay:g}", ", ".join(listed)])
-    return _markdown(["method", "decay", "rate: held-out accuracy, %"], rows)
+    return markdown.table(["method", "decay", "rate: held-out accuracy, %"], rows)
 
 
 def plot_curves(results: Results, path: Path) -> None:
@@ -451,11 +459,6 @@ def _folded(title: str, lines: Sequence[str]) -> list[str]:
     return [
         f"<details><summary>{title}</summary>", "", *lines, "", "</details>", "",
     ]  # fmt: skip
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,8 +25,7 @@ from jax.scipy.ndimage import map_coordinates
 from jax.tree_util import keystr
 from tqdm import tqdm
 
-from examples import data, methods, models
-from examples.studies.cifar import cpu
+from examples import cpu, data, methods, models
 from examples.studies.cifar.experiments import Experiment
 from examples.training import loss_and_gradient, train_logits
 

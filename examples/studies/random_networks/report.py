@@ -20,8 +20,9 @@ import matplotlib
 import numpy as np
 import scipy.stats
 
-from examples.studies import random_networks, results_file
-from examples.studies.random_networks import METHODS, Method, Network
+from examples.studies import markdown, results_file
+from examples.studies.random_networks.networks import Network
+from examples.studies.random_networks.rules import EXPONENTS, METHODS, Method
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
@@ -140,8 +141,8 @@ def mean_of(values: Iterable[float | None]) -> Mean:
     n = len(there)
     if n < 2:
         return Mean(float(there.mean()) if n else math.nan, math.nan, 0, n)
-    half = scipy.stats.t.ppf(0.975, n - 1) * there.std(ddof=1) / math.sqrt(n)
-    return Mean(float(there.mean()), float(half), int((there > 0).sum()), n)
+    low, high = scipy.stats.ttest_1samp(there, 0).confidence_interval(0.95)
+    return Mean(float(there.mean()), (high - low) / 2, int((there > 0).sum()), n)
 
 
 def gains(
@@ -165,9 +166,8 @@ def name(method: Method) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    """A table in Markdown, as a paragraph."""
+    return "\n".join(markdown.table(header, rows)) + "\n"
 
 
 def against(results: Sequence[Result], optimizer: str) -> str:
@@ -298,7 +298,7 @@ def _pairs(
 def contrasts(results: Sequence[Result]) -> str:
     """What each choice is worth, other choices alike."""
     _, aside = split(results)
-    quarter, half, one = random_networks.EXPONENTS
+    quarter, half, one = EXPONENTS
     chain = {"size": 0, "fan_in": 0, "inputs": 0}
     rows = []
     for optimizer in OPTIMIZERS:
@@ -335,7 +335,7 @@ def leaders(results: Sequence[Result]) -> list[Method]:
     """The rules that the tables of details are about."""
     chosen, _ = split(results)
     found = [
-        Method("sgd", random_networks.EXPONENTS[2], live=True),
+        Method("sgd", EXPONENTS[2], live=True),
         *(best_of(chosen, optimizer, measured=False) for optimizer in OPTIMIZERS),
     ]
     return list(dict.fromkeys(found))
@@ -384,10 +384,9 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> Correlation:
     n = len(pairs)
     if n < 5:
         return Correlation(math.nan, math.nan, math.nan, n)
-    ranks = np.array(
-        [scipy.stats.rankdata(values) for values in zip(*pairs, strict=True)]
-    )
-    value = float(np.corrcoef(ranks)[0, 1])
+    predicted, gained = np.asarray(pairs).T
+    result: Any = scipy.stats.spearmanr(predicted, gained)
+    value = float(result.statistic)
     error = math.sqrt((1 + value**2 / 2) / (n - 3))
     centre = math.atanh(max(-0.999, min(0.999, value)))
     low, high = (math.tanh(centre + sign * 1.96 * error) for sign in (-1, 1))

@@ -1,0 +1,1 @@
+"""Which per-layer rule pays? A benchmark of networks drawn at random."""
