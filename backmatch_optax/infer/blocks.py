@@ -15,7 +15,7 @@ import numpy as np
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import graph
 from backmatch_optax.infer.graph import Node
-from backmatch_optax.infer.links import Step, Unknown
+from backmatch_optax.infer.step import Step, Unknown
 from backmatch_optax.spec.link import kind_of
 
 _COORDINATES = 20_000  # that the mean of probes is taken over, if 256 suffice

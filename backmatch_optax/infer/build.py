@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.infer import graph
-from backmatch_optax.infer.graph import Axis, Factor, Node
-from backmatch_optax.infer.links import Heads, Step, Unknown
+from backmatch_optax.infer import layout
+from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.layout import Axis, Factor
+from backmatch_optax.infer.step import Heads, Step, Unknown
 from backmatch_optax.parameters import join
 from backmatch_optax.spec.link import Shape, with_paths
 
@@ -208,8 +209,8 @@ class Links:
     def _move(self, step: Step) -> None:
         node, batch = step.node, self.context.main.shape[:1]
         try:
-            self.axes = graph.moved(node, self.axes)
-        except graph.Unmatched:
+            self.axes = layout.moved(node, self.axes)
+        except layout.Unmatched:
             self.become(step.source.shape[1:], node)
             if node.shape[:1] != batch:
                 raise Unknown(node, f"{node.op} changes the batch dimension") from None
@@ -245,8 +246,8 @@ class Links:
     def _divided(self, node: Node, shape: Shape) -> tuple[Axis, ...]:
         """The axes of the chain in a traced shape of the same values in order."""
         try:
-            return graph.reshaped(node, self._plain(), shape)
-        except graph.Unmatched:
+            return layout.reshaped(node, self._plain(), shape)
+        except layout.Unmatched:
             size = math.prod(_lengths(self._plain()))
             if size != math.prod(shape):
                 return self._plain()  # which `add` refuses
@@ -363,7 +364,7 @@ class Links:
         if isinstance(first, _FEATUREWISE) and not isinstance(first, _BY_EXAMPLE):
             features = self._plain()[-1]
             shape = step.sizes or node.shape[len(positions) :]
-            axes = (*positions, *graph.reshaped(node, [features], shape))
+            axes = (*positions, *layout.reshaped(node, [features], shape))
             placed = step.placed or range(len(axes))
             self.axes = tuple(axes[axis] for axis in placed)
         else:

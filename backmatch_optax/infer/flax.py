@@ -1,8 +1,10 @@
 """The layer chain of a Flax model, read off one abstract trace.
 
-The trace becomes a graph (`graph`). The graph is cut into steps, and the steps become
-links (`steps`). What each kind of layer looks like is in `links`; `blocks` has the
-user's own. Here are the traces themselves, and what to do where one has no chain.
+The trace becomes a graph (`graph`). The graph is cut into steps (`steps`), and the
+steps become links (`build`). What each kind of layer looks like is in `links`, a module
+for each; `pieces` says what a piece of the graph computes, and `layout` where its axes
+are. `blocks` has the user's own. Here are the traces themselves, and what to do where
+one has no chain.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from jax.tree_util import tree_leaves_with_path
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import blocks as _blocks
-from backmatch_optax.infer import graph
+from backmatch_optax.infer import graph, pieces
 from backmatch_optax.infer.graph import Node, above, module_path
-from backmatch_optax.infer.links import Step, Unknown
+from backmatch_optax.infer.step import Step, Unknown
 from backmatch_optax.infer.steps import chain
 from backmatch_optax.parameters import join, text
 from backmatch_optax.spec.link import kind_of
@@ -318,7 +320,7 @@ def _message(
         text += f"Pass blocks={list(ways_out)} to make {several} measured. "
         if ways_out[-1].path == "":
             text += "This is all of the model; a module of its own keeps it small. "
-        elif graph.known(node) and len(node.flow) == 1:
+        elif pieces.known(node) and len(node.flow) == 1:
             text += "If you know its rule, put a spec.Link of yours in its place. "
     return (
         f"{text}{'Or use' if ways_out else 'Use'} measured scales "

@@ -15,23 +15,23 @@ from typing import Any
 import jax.numpy as jnp
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.infer import attention, graph
+from backmatch_optax.infer import graph, layout, pieces
 from backmatch_optax.infer.blocks import Blocks
 from backmatch_optax.infer.build import Context, Links, Measure
 from backmatch_optax.infer.graph import Node
-from backmatch_optax.infer.links import (
+from backmatch_optax.infer.links import attention
+from backmatch_optax.infer.links.learned import positions
+from backmatch_optax.infer.links.rotation import rotation
+from backmatch_optax.infer.step import (
     MEANINGS,
     PATTERNS,
     RULES,
     Step,
     Unknown,
     description,
-    positions,
-    rotation,
 )
 from backmatch_optax.spec.link import Shape
 
-assert attention.attention in RULES.values()  # which is entered on import
 _SUMS = ("add", "add_any", "sub")
 
 
@@ -166,7 +166,7 @@ class _Cutter:
                 late += [step] * step.late
             if source is node.dominator and len(node.flow) == 2 and node.op in _SUMS:
                 yield _tried(lambda: self._residual(node))
-            if source is start or (isinstance(step, Node) and not graph.known(step)):
+            if source is start or (isinstance(step, Node) and not pieces.known(step)):
                 break
         if node.op in _SUMS and len(node.flow) == 2:
             rotated = rotation(node)
@@ -185,8 +185,8 @@ class _Cutter:
         """The link that a piece is; or the node that keeps it from being evaluated."""
         if (node, source) not in self._seen:
             try:
-                piece = graph.evaluate(node, source)
-            except graph.Unmatched as error:
+                piece = pieces.evaluate(node, source)
+            except layout.Unmatched as error:
                 found = error.node
             else:
                 known = (pattern(piece, node, source) for pattern in PATTERNS)
@@ -369,11 +369,11 @@ def _reason(node: Node) -> str:
     """Why no link describes how a node comes about."""
     source = node.dominator
     assert source is not None
-    if not graph.known(node):
+    if not pieces.known(node):
         return f"{node.op} is {MEANINGS.get(node.op, 'nothing that a link describes')}"
     try:
-        piece = graph.evaluate(node, source)
-    except graph.Unmatched as error:
+        piece = pieces.evaluate(node, source)
+    except layout.Unmatched as error:
         culprit = error.node
         if not culprit.flows:
             return f"{node.op} combines the signal with {description(culprit)}"

@@ -13,21 +13,13 @@ from typing import Any
 import numpy as np
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.infer import graph
+from backmatch_optax.infer import graph, layout, pieces
 from backmatch_optax.infer.graph import Node
-from backmatch_optax.infer.links import (
-    Heads,
-    Step,
-    Unknown,
-    description,
-    dropout,
-    numbers,
-    origin,
-    rule,
-)
+from backmatch_optax.infer.links.elementwise import dropout
+from backmatch_optax.infer.links.learned import origin
+from backmatch_optax.infer.step import Heads, Step, Unknown, description
 
 
-@rule("attention")
 def attention(node: Node) -> Step:
     """`DotProductAttention`: values weighted by a softmax of queries times keys.
 
@@ -47,7 +39,7 @@ def attention(node: Node) -> Step:
     weights, over, moves = found
     values, logits = node.operands[1 - which], _logits(weights)
     scores, factor, masks, axes = _scores(node, logits)
-    contracted, batched = numbers(scores)
+    contracted, batched = layout.contracted(scores)
     # The axes of the scores: those that go along, then the others of either side.
     free = [
         [
@@ -68,8 +60,8 @@ def attention(node: Node) -> Step:
     if keyed < len(batched[0]) or len(free[side]) != 1:
         raise Unknown(node, "the softmax is not over the positions of the keys")
     for move in moves:
-        axes = graph.moved(move, axes)
-    weighted, along = numbers(node)
+        axes = layout.moved(move, axes)
+    weighted, along = layout.contracted(node)
     if [axes[axis] for axis in weighted[which]] != [chosen]:
         raise Unknown(node, f"{node.op} is not over the axis that the softmax is over")
     # The queries' axis of each axis of the scores.
@@ -83,7 +75,7 @@ def attention(node: Node) -> Step:
     if len(inner) != 1:
         raise Unknown(node, f"{scores.op} contracts several axes of queries and keys")
 
-    def out(axis: int) -> graph.Axis:
+    def out(axis: int) -> layout.Axis:
         return tuple((of_query[at], within, size) for at, within, size in axes[axis])
 
     rank = len(node.operands[which].shape)
@@ -130,14 +122,14 @@ def _weights(node: Node) -> tuple[Node, int, list[Node]] | None:
         over = _softmax_axis(node)
         if over is not None:
             return node, over, moves[::-1]
-        if node.op in graph.MOVES:
+        if node.op in layout.MOVES:
             moves.append(node)
             node = node.flow[0]
             continue
         for source in itertools.islice(node.dominators(), 4):
             try:
-                piece = graph.evaluate(node, source)
-            except graph.Unmatched:
+                piece = pieces.evaluate(node, source)
+            except layout.Unmatched:
                 return None
             if dropout(piece, node, source):
                 node = source
@@ -198,8 +190,8 @@ def _sums(end: Node, functions: Sequence[str]) -> tuple[Node | None, int, Node |
       where there are no such sums.
     """
     moves, left, shift = list[Node](), [*functions], None
-    while end.op in graph.MOVES or end.op in left:
-        if end.op in graph.MOVES:
+    while end.op in layout.MOVES or end.op in left:
+        if end.op in layout.MOVES:
             moves.append(end)
         else:
             left = left[left.index(end.op) + 1 :]
@@ -209,14 +201,14 @@ def _sums(end: Node, functions: Sequence[str]) -> tuple[Node | None, int, Node |
     if end.op != "reduce_sum" or len(over) != 1 or "log" in left:
         return None, 0, None
     (terms,) = end.operands
-    whole: list[graph.Axis] = [
+    whole: list[layout.Axis] = [
         ((axis, 1, size),) if size > 1 else () for axis, size in enumerate(terms.shape)
     ]
-    axes: Sequence[graph.Axis] = whole[: over[0]] + whole[over[0] + 1 :]
+    axes: Sequence[layout.Axis] = whole[: over[0]] + whole[over[0] + 1 :]
     try:
         for move in reversed(moves):
-            axes = graph.moved(move, axes)
-    except graph.Unmatched:
+            axes = layout.moved(move, axes)
+    except layout.Unmatched:
         return None, 0, None
     apart = [axis for place, axis in enumerate(axes) if place != over[0]]
     in_place = apart == whole[: over[0]] + whole[over[0] + 1 :]
@@ -249,7 +241,7 @@ def _unshifted(logits: Node, over: int) -> Node:
 
 def _scores(
     node: Node, logits: Node
-) -> tuple[Node, float, list[tuple[Node, Any]], Sequence[graph.Axis]]:
+) -> tuple[Node, float, list[tuple[Node, Any]], Sequence[layout.Axis]]:
     """The product of queries and keys that logits come from.
 
     Returns:
@@ -267,16 +259,16 @@ def _scores(
                 what = description(others[0])
                 raise Unknown(node, f"the logits of attention are multiplied by {what}")
             factor *= constant if at.op == "mul" else 1 / constant
-        elif at.op not in (*graph.MOVES, "tanh", "select_n", "add"):
+        elif at.op not in (*layout.MOVES, "tanh", "select_n", "add"):
             raise Unknown(node, f"the logits of attention pass through {at.op}")
         trail.append(at)
         (at,) = at.flow
     sizes = enumerate(at.shape)
-    axes: Sequence[graph.Axis] = [((i, 1, n),) if n > 1 else () for i, n in sizes]
+    axes: Sequence[layout.Axis] = [((i, 1, n),) if n > 1 else () for i, n in sizes]
     masks = []
     for step in reversed(trail):
-        if step.op in graph.MOVES:
-            axes = graph.moved(step, axes)
+        if step.op in layout.MOVES:
+            axes = layout.moved(step, axes)
         elif step.op in ("select_n", "add"):
             masks.append((step, axes))
     return at, factor, masks, axes
@@ -289,8 +281,8 @@ def _constant(node: Node) -> float | None:
         return float(node.value)
     try:
         one = math.prod(node.shape) == 1
-        return float(graph.entries(node, [0] * len(node.shape))) if one else None
-    except graph.Unmatched:
+        return float(pieces.entries(node, [0] * len(node.shape))) if one else None
+    except layout.Unmatched:
         return None
 
 
@@ -326,10 +318,10 @@ def _attended(
         ]
         try:
             values = [
-                None if operand.flows else graph.entries(operand, _at(operand, index))
+                None if operand.flows else pieces.entries(operand, _at(operand, index))
                 for operand in mask.operands
             ]
-        except graph.Unmatched as error:
+        except layout.Unmatched as error:
             raise Unknown(
                 node, f"the logits of attention meet {description(error.node)}"
             ) from None
