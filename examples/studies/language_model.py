@@ -33,6 +33,7 @@ import matplotlib
 import numpy as np
 import optax
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 from tqdm import tqdm
 
 import backmatch_optax as bmo
@@ -91,8 +92,24 @@ MIDDLES = {
     "backmatch, mean field": -2.0,
     "backmatch, no limit": -2.0,
     "lion": -9.0,
+    "adamw, steps": -5.0,
+    "lion, steps": -6.0,
+    "muon, steps": -5.0,
+    "muon, group by steps": -5.5,
+    "muon, group x2": -5.5,
+    "muon, group x4": -5.5,
+    "muon, group x8": -5.5,
 }
 _EXPONENTS = {"scales^1/4": 0.25, "scales^1/2": 0.5}
+_GROUPS = {"group x2": 2.0, "group x4": 4.0, "group x8": 8.0}
+# With entries of about 1, as `scale_steps_by_backmatch` expects them.
+_DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": optax.scale_by_adam,
+    "lion": optax.scale_by_lion,
+    "muon": lambda: optax.contrib.muon(  # which descends
+        -1.0, muon_weight_dimension_numbers=lm.matrices, consistent_rms=1.0
+    ),
+}
 
 Record = dict[str, Any]
 
@@ -108,59 +125,97 @@ def role(path: str) -> str:
     return known.get(last, last.rstrip("12"))
 
 
-def times_layers(
-    factors_of: Callable[[optax.Params], Mapping[str, Any]],
+def times(
+    factors_of: Callable[[optax.Params], optax.Params],
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiplies every update by a factor of its layer, computed in `init`.
+    """Multiplies every update by a factor of its array, computed in `init`."""
 
-    The factors are divided by their mean over all entries, so that the mean rate stays.
-    """
-
-    def init_fn(params: optax.Params) -> dict[str, jax.Array]:
-        factors = {name: jnp.asarray(f) for name, f in factors_of(params).items()}
-        sizes = dict.fromkeys(factors, 0)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            sizes[module_of(path_text(path))] += leaf.size
-        total = sum(factors[name] * size for name, size in sizes.items())
-        return {n: f * sum(sizes.values()) / total for n, f in factors.items()}
+    def init_fn(params):
+        return factors_of(params)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        scaled = jax.tree_util.tree_map_with_path(
-            lambda path, u: u * state[module_of(path_text(path))], updates
-        )
-        return scaled, state
+        return jax.tree.map(jnp.multiply, updates, state), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def by_layer(factors: Mapping[str, Any], params: optax.Params) -> optax.Params:
+    """Factors of layers for each array, divided by their mean over all entries."""
+    found = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.float32(factors[module_of(path_text(path))]), params
+    )
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    mean = jnp.average(jnp.stack(jax.tree.leaves(found)), weights=jnp.array(sizes))
+    return jax.tree.map(lambda factor: factor / mean, found)
+
+
+def by_steps(chain: spec.LayerChain, params: optax.Params) -> optax.Params:
+    """What Muon's Adam group is to be multiplied by, so that all steps count the same.
+
+    Each of its arrays then changes the output by as much as Muon's kernels do in
+    geometric mean, whose entries are a fifth of Adam's.
+    """
+    tx = bmo.scale_steps_by_backmatch(chain)
+    ones = jax.tree.map(jnp.ones_like, params)
+    steps, _ = tx.update(ones, tx.init(params), params)
+    steps = jax.tree.map(jnp.mean, steps)
+    kernels = are_kernels(params)
+    pairs = zip(jax.tree.leaves(steps), jax.tree.leaves(kernels), strict=True)
+    logs = jnp.stack([jnp.log(step) for step, kernel in pairs if kernel])
+    mean = jnp.exp(logs.mean())
+    return jax.tree.map(
+        lambda step, kernel: jnp.ones(()) if kernel else 0.2 * step / mean,
+        steps,
+        kernels,
+    )
+
+
+def are_kernels(params: optax.Params) -> optax.Params:
+    """Whether an array is one of Muon's; the others are in its Adam group."""
+    return jax.tree.map(
+        lambda numbers: numbers is not None,
+        lm.matrices(params),
+        is_leaf=lambda x: isinstance(x, MuonDimensionNumbers | None),
+    )
 
 
 def optimizer(
     method: str, rate: optax.ScalarOrSchedule, chain: spec.LayerChain
 ) -> optax.GradientTransformationExtraArgs:
-    """One of the example's optimizers, or one with a factor for each layer after it.
+    """One of the example's optimizers, or one with factors after it.
 
-    For "scales^p" the factor is `(1 / (m m_W))^p`, with mean-field gains, at the
-    initial weights. Nothing decays, so nothing but the step itself is multiplied.
+    For "scales^p" the factor of a layer is `(1 / (m m_W))^p`, with mean-field gains, at
+    the initial weights. "steps" is `scale_steps_by_backmatch`. "group" is of the arrays
+    that Muon leaves to Adam. Nothing decays, so nothing but the step is multiplied.
     """
     base, _, after = method.partition(", ")
-    if after in _EXPONENTS:
 
-        def factors(params: optax.Params) -> dict[str, jax.Array]:
+    def factors(params: optax.Params) -> optax.Params:
+        if after in _EXPONENTS:
             scales = bmo.layer_scales(chain, params, gains="mean_field", limit=None)
-            return {path: s ** _EXPONENTS[after] for path, s in scales.items()}
+            powers = {path: s ** _EXPONENTS[after] for path, s in scales.items()}
+            return by_layer(powers, params)
+        if after == "blockwise":
+            return by_layer(
+                {path: BLOCKWISE.get(role(path), 1.0) for path in chain.paths}, params
+            )
+        if after == "group by steps":
+            return by_steps(chain, params)
+        return jax.tree.map(
+            lambda kernel: jnp.float32(1.0 if kernel else _GROUPS[after]),
+            are_kernels(params),
+        )
 
-    elif after == "blockwise":
-
-        def factors(params: optax.Params) -> dict[str, jax.Array]:
-            del params
-            return {
-                path: jnp.float32(BLOCKWISE.get(role(path), 1.0))
-                for path in chain.paths
-            }
-
-    else:
-        return lm.optimizer(method, rate, chain)
-    return optax.chain(lm.optimizer(base, rate, chain), times_layers(factors))
+    if after == "steps":
+        return optax.chain(
+            _DIRECTIONS[base](),
+            bmo.scale_steps_by_backmatch(chain),
+            optax.scale_by_learning_rate(rate),
+        )
+    if after in (*_EXPONENTS, *_GROUPS, "blockwise", "group by steps"):
+        return optax.chain(lm.optimizer(base, rate, chain), times(factors))
+    return lm.optimizer(method, rate, chain)
 
 
 @dataclasses.dataclass(frozen=True)

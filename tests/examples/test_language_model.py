@@ -258,16 +258,74 @@ def test_scales_after_an_optimizer_keep_its_mean_rate(exponent):
         )
 
 
-def test_blockwise_rates_are_those_of_the_paper():
+def factors_of(method):
+    """What a method multiplies the update of each array by."""
     params, chain = params_of(TINY), lm.declared(TINY)
-    tx = study.optimizer("muon, blockwise", 0.1, chain)
-    factors: Any = tx.init(params)
-    factors = factors[-1]
-    base = float(factors["norm"])
-    of_role = {study.role(path): float(f) / base for path, f in factors.items()}
+    state: Any = study.optimizer(method, 0.1, chain).init(params)
+    leaves = jax.tree_util.tree_leaves_with_path(state[-1])
+    return {path_text(path): float(factor) for path, factor in leaves}
+
+
+def test_blockwise_rates_are_those_of_the_paper():
+    factors = factors_of("muon, blockwise")
+    base = factors["norm/scale"]
+    of_role = {
+        study.role(path.rpartition("/")[0] or path): factor / base
+        for path, factor in factors.items()
+    }
     expected = study.BLOCKWISE | {"norm": 1, "last norm": 1, "head": 1, "positions": 1}
     expected.pop("gate")
     assert of_role == pytest.approx(expected)
+
+
+def test_the_adam_group_of_muon_has_steps_of_its_own():
+    params, chain = params_of(TINY), lm.declared(TINY)
+    kernels = {
+        path_text(path)
+        for path, kernel in jax.tree_util.tree_leaves_with_path(
+            study.are_kernels(params)
+        )
+        if kernel
+    }
+    assert {path.partition("/")[0] for path in kernels} == {"blocks"}
+    times_four = factors_of("muon, group x4")
+    assert {path for path, factor in times_four.items() if factor == 1} == kernels
+    assert {times_four[path] for path in times_four.keys() - kernels} == {4}
+
+    tx = bmo.scale_steps_by_backmatch(chain)
+    steps = tx.update(
+        jax.tree.map(jax.numpy.ones_like, params), tx.init(params), params
+    )
+    steps = {
+        path_text(path): float(step.mean())
+        for path, step in jax.tree_util.tree_leaves_with_path(steps[0])
+    }
+    factors = factors_of("muon, group by steps")
+    assert {factors[path] for path in kernels} == {1}
+    # A fifth of Adam's entries, as Muon's are, at Muon's rate in geometric mean.
+    mean = np.exp(np.mean([np.log(steps[path]) for path in kernels]))
+    others = factors.keys() - kernels
+    assert {path: factors[path] for path in others} == pytest.approx(
+        {path: 0.2 * steps[path] / mean for path in others}, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("base", ["adamw", "lion", "muon"])
+def test_steps_come_after_an_optimizer_with_entries_near_one(base):
+    params, chain = params_of(TINY), lm.declared(TINY)
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    gradient = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
+    tx, alone = (study.optimizer(f"{base}, steps", 0.1, chain), study._DIRECTIONS[base])
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    plain, _ = alone().update(gradient, alone().init(params), params)
+    for entries in jax.tree.leaves(plain):
+        assert np.sqrt(np.mean(entries**2)) == pytest.approx(1, rel=0.2)
+    scale = bmo.scale_steps_by_backmatch(chain)
+    expected, _ = scale.update(plain, scale.init(params), params)
+    for found, step in zip(
+        jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(found, -0.1 * step, rtol=1e-5)
 
 
 class Losses(study.Study):
