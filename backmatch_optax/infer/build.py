@@ -67,6 +67,8 @@ class Links:
       start: the shape that they begin with, without the batch.
       shape: the shape that they come to.
       axes: where the axes of that shape, after the batch, are in the traced one.
+      leading: whether they begin at an input, behind whatever prepares it;
+      fixed: but with the input's shape.
       links: the links.
     """
 
@@ -77,10 +79,11 @@ class Links:
         axes: Sequence[Axis] | None = None,
         *,
         leading: bool = False,
+        fixed: bool = False,
     ):
         self.context = context
         self.start = self.shape = shape
-        self.leading = leading
+        self.leading, self.fixed = leading, fixed
         self.links: list[_spec.Link] = []
         self.shapes: list[Shape] = []  # at the input of each link
         self.axes = self._plain() if axes is None else tuple(axes)
@@ -181,7 +184,7 @@ class Links:
         order = [pieces.index(factor) for factor in factors]
         if len(target) == 1:  # the same in any order
             self._put(_spec.Flatten(), target)
-        elif self.leading and not self.links:
+        elif self.leading and not self.fixed and not self.links:
             self.start = self.shape = target  # the chain begins behind
         else:
             if order != sorted(order):
@@ -503,7 +506,7 @@ class Links:
             case "concatenate":
                 for side, end in zip(sides, step.ends, strict=True):
                     side.become(end.shape[1:], node)
-                axis = node.options["dimension"] - len(node.shape)
+                axis = int(node.options["dimension"]) - len(node.shape)
                 branches = [side.links for side in sides]
                 link = _spec.Concatenate(branches, axis=axis)
             case "attention":
@@ -541,20 +544,24 @@ class Links:
     def _side(self, arm: Sequence[Step], end: Node, step: Step) -> Links:
         """The links of one arm; the first is `Input` where it has its own input."""
         begin = arm[0].source if arm else end
-        other = begin.op == "input" and step.source.op == "inputs"
-        other = other and begin is not self.context.main
+        leading = begin.op == "input" and step.source.op == "inputs"
+        other = leading and begin is not self.context.main
         shape = begin.shape[1:] if other else self.shape
         axes = self.axes if step.source.op != "inputs" else None
+        if other and not shape:  # an integer for each example, or a single feature
+            integer = jnp.issubdtype(begin.dtype, jnp.integer)
+            shape, axes = () if integer else (1,), self._plain()[:1]
         if begin.op == "memory":
             shape, axes = begin.shape[1:], None
-        side = Links(self.context, shape, axes, leading=other)
+        side = Links(self.context, shape, axes, leading=leading, fixed=not other)
         for inner in arm:
             side.add(inner)
         if side.padding:
             raise Unknown(step.node, "padding is followed by no convolution")
+        side.leading = False
         if other:
             side.links.insert(0, _spec.Input(side.start))
-            side.leading = False
+            side.shapes.insert(0, side.start)
         if begin.op == "memory":
             side.links.insert(0, _spec.Recall(begin.shape[1:]))
             side.shapes.insert(0, begin.shape[1:])

@@ -208,8 +208,9 @@ def _one_end(ends: Sequence[Node]) -> Node:
     """The one output, or what stands for several."""
     if not ends:
         raise ValueError(
-            "infer_spec: the model has 0 outputs that depend on its inputs: is it "
-            "computed from them?"
+            "infer_spec: the model has 0 outputs that depend on its inputs by more "
+            "than a comparison. Is it computed from them? What takes integers apart, "
+            "such as jax.nn.one_hot, belongs before the model"
         )
     if len(ends) == 1:
         return ends[0]

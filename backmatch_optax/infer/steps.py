@@ -174,8 +174,9 @@ class _Cutter:
         if node.op == "mul" and len(node.flow) == 2:
             yield _tried(lambda: self._gate(node))
         yield from late
-        if start.op == "input" and _is_preparation(node, start):
-            yield Step(node, start, begins=True)
+        begin = next(x for x in node.dominators() if x is start or x.op == "input")
+        if begin.op == "input" and _is_preparation(node, begin):
+            yield Step(node, begin, begins=True)
         elif node.op in _SUMS and len(node.flow) == 1:
             found = positions(node)
             yield from () if found is None else (found,)
@@ -204,7 +205,7 @@ class _Cutter:
             raise Unknown(
                 node,
                 f"the two sides of {node.op} come from one signal with no kernel in "
-                "between, and how they correlate is not known",
+                "between, or with the same one, and how they correlate is not known",
             )
         if node.op == "sub":
             step.arms[1].append(Step(node, node, [_spec.Scale(-1.0)], elementwise=True))
@@ -218,7 +219,7 @@ class _Cutter:
             raise Unknown(
                 node,
                 f"the two sides of {node.op} come from one signal with no kernel in "
-                "between, and a Gate takes them as unrelated",
+                "between, or with the same one, and a Gate takes them as unrelated",
             )
         return step
 
@@ -310,10 +311,22 @@ def _mixes(steps: Sequence[Step]) -> bool:
     )
 
 
+def _in_the_mean(steps: Sequence[Step]) -> list[Any]:
+    """The links of an arm without dropout, with those of arms inside of it."""
+    links = [
+        link
+        for step in steps
+        for link in step.links
+        if not isinstance(link, _spec.Dropout) and link != _spec.Scale(1.0)
+    ]
+    return [*links, *(_in_the_mean(arm) for step in steps for arm in step.arms)]
+
+
 def _unrelated(step: Step) -> bool:
     """Whether a kernel, or inputs of their own, make two arms unrelated."""
     if any(map(_mixes, step.arms)):
-        return True
+        first, second = map(_in_the_mean, step.arms)
+        return first != second
     one, other = ({*graph.inputs(end)} for end in step.ends)
     return step.source.op == "inputs" and not one & other
 

@@ -440,7 +440,8 @@ class Beginning(Link):
     begins = True
 
     def validate(self) -> None:
-        self._canonical(shape=checked_shape("shape", self.shape))
+        if self.shape != ():
+            self._canonical(shape=checked_shape("shape", self.shape))
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
@@ -458,7 +459,8 @@ class Input(Beginning):
     counts as whitened, `q = 1`, and nothing is handed on.
 
     Args:
-      shape: of one input without the batch dimension.
+      shape: of one input without the batch dimension; `()` for a label, one integer for
+        each example.
       common: the share of its second moment that is the same at all positions of all
         inputs. Sines and cosines for positions have one, as some hardly change. Only
         mean-field gains count it.

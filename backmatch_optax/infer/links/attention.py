@@ -5,9 +5,10 @@ The weights of attention are a softmax of queries times keys.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links.elementwise import dropout
 from backmatch_optax.infer.links.learned import origin
 from backmatch_optax.infer.step import Heads, Step, Unknown, description
+
+_HIDES = -50.0  # what is added to a logit of no weight, or less; 100 in Swin
 
 
 def attention(node: Node) -> Step:
@@ -295,6 +298,8 @@ def _attended(
 ) -> tuple[bool, float | None]:
     """What masks leave: whether it is causal, and how many positions if not all.
 
+    What a mask takes from the input counts as whatever leaves most positions.
+
     Args:
       node: the attention, for messages.
       scores: the product of queries and keys.
@@ -304,50 +309,90 @@ def _attended(
     """
     sizes = scores.shape
     own = max(positions, key=lambda axis: sizes[axis], default=keyed)
-    rows = np.unique(np.linspace(0, sizes[own] - 1, 64).astype(int))[:, None]
-    columns = np.arange(sizes[keyed])[None]
-    allowed = np.ones((len(rows), sizes[keyed]), bool)
-    for mask, axes in masks:
-        index: list[Any] = [
-            columns
-            if axis == ((keyed, 1, sizes[keyed]),)
-            else rows
-            if axis == ((own, 1, sizes[own]),)
-            else 0
-            for axis in axes
-        ]
-        try:
-            values = [
-                None if operand.flows else pieces.entries(operand, _at(operand, index))
-                for operand in mask.operands
-            ]
-        except layout.Unmatched as error:
-            raise Unknown(
-                node, f"the logits of attention meet {description(error.node)}"
-            ) from None
-        if mask.op == "add":
-            (added,) = (value for value in values if value is not None)
-            allowed &= np.broadcast_to(added > -1e3, allowed.shape)
-            hidden = np.where(allowed, added, 0)
+    # Places on each axis of the scores: all keys, some queries, some heads and windows.
+    most = [1, *(32 for _ in sizes[1:])]
+    most[own], most[keyed] = 64, sizes[keyed]
+    places = np.ix_(
+        *(
+            np.unique(np.linspace(0, size - 1, min(size, count)).astype(int))
+            for size, count in zip(sizes, most, strict=True)
+        )
+    )
+    rows, columns = places[own], places[keyed]
+    from_data = {
+        found: True
+        for mask, _ in masks
+        for operand in mask.operands
+        for found in graph.above(operand)
+        if not operand.flows and found.flow and not found.flows
+    }
+
+    def left() -> Any:
+        """Where the masks leave a score as it is."""
+        allowed = np.ones_like(rows == columns)
+        for mask, axes in masks:
+            index = [_place(axis, places) for axis in axes]
+            allowed = allowed & _unmasked(node, mask, index, from_data)
+        return allowed
+
+    allowed = left()
+    for found in from_data:
+        from_data[found] = False
+        changed = left()
+        if changed.mean() > allowed.mean():
+            allowed = changed
         else:
-            case = mask.operands.index(mask.flow[0])
-            allowed &= np.broadcast_to(
-                np.asarray(values[0], int) == case - 1, allowed.shape
-            )
-            (hidden,) = (v for v in values[1:] if v is not None)
-            hidden = np.where(np.asarray(hidden) > -1e3, 1, 0)
-        if np.any(hidden):
-            raise Unknown(node, "the logits of attention meet numbers that are no mask")
+            from_data[found] = True
     if allowed.all():
         return False, None
-    counts = np.maximum(allowed.sum(1), 1)
-    most = int(counts.max())
+    counts = np.maximum(allowed.sum(keyed), 1)
+    whole = int(counts.max())
     square = sizes[own] == sizes[keyed]
-    before = columns <= rows
-    if square and (allowed == (before & (columns > rows - most))).all():
-        whole = most == sizes[keyed]
-        return True, None if whole else float(most)
+    if square and (allowed == ((columns <= rows) & (columns > rows - whole))).all():
+        return True, None if whole == sizes[keyed] else max(float(whole), 1.0001)
     return False, max(float(f"{1 / np.mean(1 / counts):.4g}"), 1.0001)
+
+
+def _place(axis: layout.Axis, places: Sequence[Any]) -> Any:
+    """The index along an axis that is made of axes of the scores."""
+    index: Any = 0
+    for of, within, size in axis:
+        index = index * size + (places[of] // within % size if of >= 0 else 0)
+    return index
+
+
+def _unmasked(
+    node: Node, mask: Node, index: Sequence[Any], from_data: Mapping[Node, bool]
+) -> Any:
+    """Where a mask leaves a score as it is."""
+    known = {
+        found: functools.partial(lambda value, index: np.asarray(value), value)
+        for found, value in from_data.items()
+    }
+    try:
+        values = [
+            None
+            if operand.flows
+            else np.asarray(pieces.entries(operand, _at(operand, index), known))
+            for operand in mask.operands
+        ]
+    except layout.Unmatched as error:
+        raise Unknown(
+            node, f"the logits of attention meet {description(error.node)}"
+        ) from None
+    if mask.op == "add":
+        (hidden,) = (value for value in values if value is not None)
+        allowed = hidden > _HIDES
+        hidden = np.where(allowed, hidden, 0)
+    else:
+        which, *cases = values
+        assert which is not None
+        allowed = which.astype(int) == mask.operands.index(mask.flow[0]) - 1
+        (hidden,) = (value for value in cases if value is not None)
+        hidden = hidden > _HIDES
+    if np.any(hidden):
+        raise Unknown(node, "the logits of attention meet numbers that are no mask")
+    return allowed
 
 
 def _at(operand: Node, index: Sequence[Any]) -> list[Any]:

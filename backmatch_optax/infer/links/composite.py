@@ -20,9 +20,11 @@ def concatenation(node: Node) -> Step:
     padded = wrapped(node, axis) if 0 < axis < rank - 1 else None
     if padded is not None:
         return padded
+    if axis == 0:
+        raise Unknown(node, f"{node.op} joins examples of the batch")
     ends = node.flow
     assert node.dominator is not None
-    if axis and all(operand.flows for operand in node.operands):
+    if all(operand.flows for operand in node.operands):
         step = Step(node, node.dominator, ends=ends, joins="concatenate", opaque=True)
         return step
     first, *others = node.operands
@@ -31,12 +33,7 @@ def concatenation(node: Node) -> Step:
     if token and len(others) == len(ends) == 1 and (axis, rank) == (1, 3):
         return Step(node, others[0], [_spec.ClassToken(path)], opaque=True)
     constant = next(operand for operand in node.operands if not operand.flows)
-    raise Unknown(
-        node,
-        f"{node.op} joins the signal with {description(constant)}"
-        if axis
-        else f"{node.op} joins examples of the batch",
-    )
+    raise Unknown(node, f"{node.op} joins the signal with {description(constant)}")
 
 
 @rule("outputs")

@@ -80,7 +80,10 @@ def positions(node: Node) -> Step | None:
             whole = source.shape == (*rows.shape, *table.shape[1:])
             if name != "embedding" or len(table.shape) != 2 or not whole:
                 return None
-            rows = rows[0] if rows.ndim > 1 and len(rows) == 1 else rows
+            if rows.ndim == len(node.shape) - 1:  # one row for each example as well
+                if (rows != rows[:1]).any():
+                    return None
+                rows = rows[0]
             if np.array_equal(rows, np.arange(table.shape[0])):
                 return Step(node, signal, [_spec.Bias(table.path)])
             looked_up = [_spec.Input(rows.shape), _spec.Embed(path[1:])]
