@@ -675,6 +675,7 @@ def plot_curves(found: Mapping[str, Summary], every: int, path: Path) -> None:
         "adamw, blockwise",
         "muon",
         "muon, scales^1/4",
+        "muon, group x4",
     ]
     for index, method in enumerate(name for name in shown if name in found):
         curves = found[method].curves
