@@ -146,6 +146,9 @@ def _read(
             inner = getattr(body, "jaxpr", body)
             consts = getattr(body, "consts", ())
             results = _read(inner, consts, operands, within, line, joined)
+        elif op == "stack":
+            inner = _as_concatenation(eqn)
+            results = _read(inner, (), operands, scope, code, joined)
         elif op in _ALIASES or _is_harmless(op, operands, eqn):
             results = operands[: len(eqn.outvars)]
         elif (part := _unstacked(op, operands, eqn.params)) is not None:
@@ -250,6 +253,21 @@ def _is_of_jax(op: str, eqn: Any) -> bool:
     return os.path.dirname(jax.__file__) in origin
 
 
+def _as_concatenation(eqn: Any) -> Any:
+    """What stacks arrays, as a concatenation along a new axis, in the same place."""
+    axis = eqn.params["axis"]
+
+    def concatenated(*arrays: jax.Array) -> jax.Array:
+        expanded = [jax.lax.expand_dims(array, (axis,)) for array in arrays]
+        return jax.lax.concatenate(expanded, axis)
+
+    avals = [variable.aval for variable in eqn.invars]
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    jaxpr = jax.make_jaxpr(concatenated)(*shapes).jaxpr
+    eqns = [inner.replace(source_info=eqn.source_info) for inner in jaxpr.eqns]
+    return jaxpr.replace(eqns=eqns)
+
+
 def _line(eqn: Any) -> str:
     """Where in the code an equation comes from; empty inside of JAX's own functions."""
     text = summarize(eqn.source_info)
@@ -274,13 +292,18 @@ def _unstacked(
     """What was stacked before, as Flax stacks statistics to average them at once."""
     taken = operands[0] if op == "squeeze" else None
     stack = taken.operands[0] if taken is not None and taken.op == "slice" else None
-    if taken is None or stack is None or stack.op != "stack":
+    if taken is None or stack is None or stack.op != "concatenate":
         return None
-    axis, index = stack.options["axis"], taken.options["start_indices"]
+    axis, index = stack.options["dimension"], taken.options["start_indices"]
     one = (*stack.shape[:axis], 1, *stack.shape[axis + 1 :])
-    if tuple(options["dimensions"]) != (axis,) or taken.shape != one:
+    shapes = {taken.shape, *(part.shape for part in stack.operands)}
+    if tuple(options["dimensions"]) != (axis,) or shapes != {one}:
         return None
-    return stack.operands[index[axis]]
+    part = stack.operands[index[axis]]
+    if part.op not in ("broadcast_in_dim", "reshape"):
+        return None
+    (entry,) = part.operands
+    return entry if entry.shape == (*one[:axis], *one[axis + 1 :]) else None
 
 
 def _node(

@@ -739,6 +739,18 @@ CONSTRUCTS |= {
         [spec.Activation("tanh"), spec.Dense("d")],
         (2, 5, 6),
     ),
+    "stack": (
+        lambda _, x: nn.Dense(3, name="d")(
+            jnp.stack([nn.Dense(4, name=name)(x) for name in "abc"], axis=1)
+        ),
+        [
+            spec.Concatenate(
+                [[spec.Dense(name), spec.Reshape((1, 4))] for name in "abc"], axis=-2
+            ),
+            spec.Dense("d"),
+        ],
+        (2, 5),
+    ),
     "a block of positions": (
         lambda _, x: nn.tanh(x)[:, 2:5],
         [spec.Activation("tanh"), spec.Slice((2, 5), axis=-3)],

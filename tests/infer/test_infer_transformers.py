@@ -235,16 +235,20 @@ def test_logits_of_another_size_are_told():
     assert infer_spec(Unscaled(), array(2, 5, 6)).layers == (attention, o)
 
 
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("form", ["turned", "halves", "pairs"])
 @pytest.mark.parametrize("orthogonal", [True, False])
-def test_rotary_positions_change_nothing(halves, orthogonal):
+def test_rotary_positions_change_nothing(form, orthogonal):
     angles = jnp.arange(8)[:, None] * 100.0 ** (-jnp.arange(2) / 2)
     sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
     sin = sin if orthogonal else 2 * sin
 
     def rotated(x: Any) -> Any:
+        if form == "pairs":
+            a, b = x[..., ::2], x[..., 1::2]
+            pairs = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1)
+            return pairs.reshape(x.shape)
         a, b = jnp.split(x, 2, axis=-1)
-        if halves:
+        if form == "halves":
             return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         turned = jnp.concatenate([-b, a], axis=-1)
         sines, cosines = (jnp.concatenate([x, x], axis=-1) for x in (sin, cos))

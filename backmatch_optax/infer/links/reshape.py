@@ -10,6 +10,7 @@ import numpy as np
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import layout
 from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.links.rotation import rotation
 from backmatch_optax.infer.step import MEANINGS, Step, Unknown, rule
 from backmatch_optax.infer.windows import Window, short
 
@@ -114,4 +115,8 @@ def _taken_along(axis: int, node: Node, source: Node) -> Any:
 @rule(*layout.MOVES)
 def same_values(node: Node) -> Step:
     """No link, or one where a later link needs another shape."""
-    return Step(node, node.flow[0], moves=True)
+    (moved,) = node.flow
+    # Pairs of features that were rotated side by side, as some rotary positions are.
+    pairs = moved.op == "concatenate" and moved.shape[-1] == 2 and node.op == "reshape"
+    rotated = rotation(node) if pairs else None
+    return rotated or Step(node, moved, moves=True)
