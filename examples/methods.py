@@ -72,18 +72,8 @@ def optimizer(
             )
             return optax.with_extra_args_support(muon)
         case "adamw, steps" | "lion, steps" | "muon, steps":
-            plain = {
-                "adamw": optax.scale_by_adam(),
-                "lion": optax.scale_by_lion(),
-                # Descends at rate -1; entries of about 1, as the rule expects them.
-                "muon": optax.contrib.muon(
-                    -1.0,
-                    muon_weight_dimension_numbers=_matrices(chain),
-                    consistent_rms=1.0,
-                ),
-            }
             return optax.chain(
-                plain[method.removesuffix(", steps")],
+                direction(method.removesuffix(", steps"), _matrices(chain)),
                 bmo.scale_steps_by_backmatch(chain),
                 decay,
                 optax.scale_by_learning_rate(learning_rate),
@@ -127,6 +117,27 @@ def optimizer(
             return optax.chain(decay, fan_in, sgd)
     known = ", ".join(map(repr, ALL))
     raise ValueError(f"method (={method!r}) must be one of {known}")
+
+
+def direction(
+    optimizer: str, matrices: Callable[[optax.Params], optax.Params]
+) -> optax.GradientTransformation:
+    """An optimizer's steps alone, of entries near 1 as `scale_steps_by_backmatch` asks.
+
+    Args:
+      optimizer: "adamw", "lion" or "muon".
+      matrices: for Muon, which kernels are matrices, and how.
+    """
+    match optimizer:
+        case "adamw":
+            return optax.scale_by_adam()
+        case "lion":
+            return optax.scale_by_lion()
+        case "muon":  # which descends
+            return optax.contrib.muon(
+                -1.0, muon_weight_dimension_numbers=matrices, consistent_rms=1.0
+            )
+    raise ValueError(f"optimizer (={optimizer!r}) must be 'adamw', 'lion' or 'muon'")
 
 
 def _matrices(chain: spec.LayerChain) -> Callable[[optax.Params], optax.Params]:

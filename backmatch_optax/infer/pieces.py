@@ -227,7 +227,7 @@ def entries(
     """Entries of a value that no parameter and no signal reaches, such as a mask.
 
     Args:
-      node: the value. What of it depends on the input is as for an input of ones.
+      node: the value.
       index: for each axis of it, an array of indices; they go together as in NumPy.
       known: other values, as functions that give their entries.
 
@@ -240,8 +240,6 @@ def entries(
     options, operands = node.options, node.operands
     if node in known:
         return known[node](index)
-    if node.op == "input":
-        return np.ones(())
     if node.op == "constant":
         return np.asarray(node.array)[tuple(index)]
     if node.op == "iota":

@@ -42,6 +42,7 @@ from backmatch_optax.measured import module_of
 from backmatch_optax.parameters import text as path_text
 from examples import language_model as lm
 from examples.arguments import whole
+from examples.methods import direction
 from examples.studies import markdown, results_file
 from examples.studies.intervals import Difference, forest, welch
 
@@ -102,14 +103,6 @@ MIDDLES = {
 }
 _EXPONENTS = {"scales^1/4": 0.25, "scales^1/2": 0.5}
 _GROUPS = {"group x2": 2.0, "group x4": 4.0, "group x8": 8.0}
-# With entries of about 1, as `scale_steps_by_backmatch` expects them.
-_DIRECTIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adamw": optax.scale_by_adam,
-    "lion": optax.scale_by_lion,
-    "muon": lambda: optax.contrib.muon(  # which descends
-        -1.0, muon_weight_dimension_numbers=lm.matrices, consistent_rms=1.0
-    ),
-}
 
 Record = dict[str, Any]
 
@@ -209,7 +202,7 @@ def optimizer(
 
     if after == "steps":
         return optax.chain(
-            _DIRECTIONS[base](),
+            direction(base, lm.matrices),
             bmo.scale_steps_by_backmatch(chain),
             optax.scale_by_learning_rate(rate),
         )

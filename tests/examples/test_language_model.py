@@ -16,6 +16,7 @@ from flax import nnx
 import backmatch_optax as bmo
 from backmatch_optax.parameters import text as path_text
 from examples import language_model as lm
+from examples.methods import direction
 from examples.studies import language_model as study
 from examples.studies import results_file
 
@@ -315,9 +316,10 @@ def test_steps_come_after_an_optimizer_with_entries_near_one(base):
     params, chain = params_of(TINY), lm.declared(TINY)
     keys = iter(jax.random.split(jax.random.key(0), 100))
     gradient = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), params)
-    tx, alone = (study.optimizer(f"{base}, steps", 0.1, chain), study._DIRECTIONS[base])
+    tx = study.optimizer(f"{base}, steps", 0.1, chain)
+    alone = direction(base, lm.matrices)
     updates, _ = tx.update(gradient, tx.init(params), params)
-    plain, _ = alone().update(gradient, alone().init(params), params)
+    plain, _ = alone.update(gradient, alone.init(params), params)
     for entries in jax.tree.leaves(plain):
         # Muon's own Adam looks ahead, and so begins with 1.47.
         assert 0.8 < np.sqrt(np.mean(entries**2)) < 1.5

@@ -25,8 +25,7 @@ def concatenation(node: Node) -> Step:
     ends = node.flow
     assert node.dominator is not None
     if all(operand.flows for operand in node.operands):
-        step = Step(node, node.dominator, ends=ends, joins="concatenate", opaque=True)
-        return step
+        return Step(node, node.dominator, ends=ends, joins="concatenate", opaque=True)
     first, *others = node.operands
     path = origin(first).path
     token = first.origins == {"param"} and is_aligned(first, path)
