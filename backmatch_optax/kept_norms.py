@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import itertools
+import operator
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -57,9 +58,10 @@ def keep_norms(
         normalisation is in the same layer.
 
     Returns:
-      An optimizer with the state of `inner`. Its `update` needs `params`. Norms are
-      computed in float32 or wider; what is zero, or about to be, or infinite, stays as
-      it is.
+      An optimizer with the state of `inner`. Its `init` tries `inner` on a few
+      gradients of the parameters' shapes, also where it is traced: that takes about ten
+      times their memory, once. Its `update` needs `params`. Norms are computed in
+      float32 or wider; what is zero, or about to be, or infinite, stays as it is.
 
     Raises:
       ValueError: where `inner` is no transformation or `spec` no chain; in `init`,
@@ -115,13 +117,15 @@ def keep_norms(
                 "keep_norms needs the parameters: call update(updates, state, params), "
                 "but params is None"
             )
+        if is_leafless(params):
+            return inner.update(updates, state, params, **extra_args)
         refuse_parts(params, spec.paths)
         kept = _kernels(spec, params)
         updates, state = inner.update(updates, state, params, **extra_args)
 
-        def factor(key_path: Any, update: jax.Array, param: jax.Array) -> Any:
+        def factor(key_path: Any, update: Any, param: jax.Array) -> Any:
             path = text(key_path)
-            if path not in kept:
+            if path not in kept or update is None:
                 return None
             dtype, depth = wide(param.dtype), kept[path]
             old, step = param.astype(dtype), update.astype(dtype)
@@ -130,15 +134,18 @@ def keep_norms(
             usable = (before > 0) & (after > 0) & jnp.isfinite(after)
             return jnp.where(usable, before / after, 1.0)
 
-        factors = jax.tree_util.tree_map_with_path(factor, updates, params)
+        is_none = functools.partial(operator.is_, None)
+        factors = jax.tree_util.tree_map_with_path(
+            factor, updates, params, is_leaf=is_none
+        )
 
-        def rescaled(update: jax.Array, param: jax.Array, c: Any) -> jax.Array:
+        def rescaled(update: Any, param: jax.Array, c: Any) -> Any:
             if c is None:
                 return update
             old = param.astype(c.dtype)
             return (c * (old + update.astype(c.dtype)) - old).astype(update.dtype)
 
-        updates = jax.tree.map(rescaled, updates, params, factors)
+        updates = jax.tree.map(rescaled, updates, params, factors, is_leaf=is_none)
         return updates, optax.tree.map_params(inner, scaled, state, factors)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -45,8 +45,8 @@ class ScaleByBackmatchState(NamedTuple):
 
     `optax.tree.get(opt_state, "layer_scales")` finds them anywhere in a chain.
 
-    The other two are there with `refresh=False` alone: the scales of biases, where they
-    are not those of their layer, and whether a step has computed them.
+    The other two are there with `refresh=False` alone: the scales of all parameters but
+    the first of each layer, and whether a step has computed them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -169,8 +169,9 @@ def scale_by_backmatch(
       The rule looks across layers, so it must see all of them: inside `optax.masked` or
       `optax.partition` it raises. Scale outside, freeze inside. The scale also
       multiplies a weight decay that comes before it in the chain. Under `jax.jit` the
-      parameters may be sharded in any way; under `jax.pmap`, and in `jax.shard_map`
-      with `check_vma=False`, every device has to hold whole ones.
+      parameters may be sharded in any way, but on a mesh with explicit axes not along
+      the layers of a `Repeat`. Under `jax.pmap`, and in `jax.shard_map` with
+      `check_vma=False`, every device has to hold whole ones.
     """
     check_options(gains, norm_floor, normalize, limit, unlisted)
 

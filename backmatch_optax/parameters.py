@@ -277,8 +277,10 @@ def _locate_links(
                 after = link.joined_shape(
                     {arm: s[-1].output_shape if s else shape for arm, s in arms.items()}
                 )
-            else:
+            elif shape or link.begins or isinstance(link, _spec.Embed | _spec.Block):
                 after = link.shape_after(shape, shapes)
+            else:
+                raise ValueError("takes features, but a label has none; see spec.Embed")
             if isinstance(link, _spec.Repeat) and after != shape:
                 raise ValueError(
                     f"its chain puts out shape {after}, but each of its {link.n} "

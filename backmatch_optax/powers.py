@@ -217,25 +217,19 @@ def _count(function: Function, arguments: int) -> int:
     return len(jax.eval_shape(function, *[scalar] * arguments))
 
 
-class Packed(NamedTuple):
-    """A number as an array, which a loop can carry."""
-
-    row: jax.Array  # see `_table`
-
-
 # What is less than anything: an infinitesimal of an order that no product reaches.
 _NEVER = np.array([[0, 1e6, 0]], np.float32)
 ABSENT = Positive(0.0, {Atom(_NEVER.dtype, known=(_NEVER, 0)): 1})
 
 
-def packed(value: Positive, dtype: jnp.dtype) -> Packed:
-    """A number as an array of a dtype; what is inside cannot cancel any more."""
-    return Packed(_rows_of([value])[0].astype(dtype))
+def packed(value: Positive, dtype: jnp.dtype) -> jax.Array:
+    """A number as a row of `_table`, which a loop can carry: nothing cancels inside."""
+    return _rows_of([value])[0].astype(dtype)
 
 
-def unpacked(arrays: Packed, *, floor: jax.typing.ArrayLike | None = None) -> Positive:
+def unpacked(row: jax.Array, *, floor: jax.typing.ArrayLike | None = None) -> Positive:
     """The number again, as one atom; with a floor, sums with it count as norms."""
-    atom = Atom(arrays.row.dtype, floor, known=(arrays.row[None], 0))
+    atom = Atom(row.dtype, floor, known=(row[None], 0))
     return Positive(0.0, {atom: 1})
 
 

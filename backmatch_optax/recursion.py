@@ -121,7 +121,8 @@ def _through_arms(site: Site) -> Positive:
     site.common_below = _mean_share(returned, in_common)
     if site.m_z_of_arms is not None:
         return m * site.m_z_of_arms * site.q
-    # Where all arms keep the same share, that is the share of the whole.
+    # Norms must cancel here. Where every arm changes `n * size` by the same known
+    # factor, so does their sum. The sum itself would be an atom that cancels nothing.
     adds_up = (
         site.link.adds_arms
         and all(moments.mean_square is None for moments in site.arm_moments)
@@ -157,7 +158,7 @@ def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
     """
     for site in reversed(sites):
         site.centred = centred
-        centred = site.link.centres(centred)
+        centred = site.link.centres(site)
         for _ in range(_times(site)):
             centred = all([mark_centred(arm, centred) for arm in site.arms.values()])
         centred = centred and all(recall.centred for recall in site.recalled)
@@ -178,7 +179,7 @@ def mark_divided(sites: Sequence[Site], divided: bool = False) -> bool:
     """
     for site in reversed(sites):
         site.divided = divided
-        divided = site.link.divides(divided)
+        divided = site.link.divides or (divided and site.link.featurewise)
         if isinstance(site.link, Repeat):  # what holds for all layers
             divided = divided and mark_divided(site.arms["chain"], divided)
         if site.arms:

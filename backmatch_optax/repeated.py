@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 
 from backmatch_optax.moments import Activated, Moments
 from backmatch_optax.numerics import wide
-from backmatch_optax.powers import ABSENT, Packed, Positive, packed, unpacked
+from backmatch_optax.powers import ABSENT, Positive, packed, unpacked
 from backmatch_optax.spec.link import Site, every, scaled_roles
 
 
@@ -62,7 +61,10 @@ class _Form(NamedTuple):
 
 
 class _Elsewhere(Activated):
-    """The activation that the layer before ended with, which no loop can carry."""
+    """Stands for the activation that the layer before ended with.
+
+    To read it raises: no loop can carry it.
+    """
 
     def __iter__(self) -> Iterator[Any]:
         raise ValueError(
@@ -77,15 +79,15 @@ class _Elsewhere(Activated):
 class _Carry(NamedTuple):
     """The moments between two layers: the second one, and what share each part has."""
 
-    q: Packed
-    shares: Sequence[Packed]
+    q: jax.Array
+    shares: Sequence[jax.Array]
 
 
 class _Handed(NamedTuple):
     """What a layer hands to the one below it."""
 
-    n: Packed
-    common: Packed | None  # None is zero
+    n: jax.Array
+    common: jax.Array | None  # None is zero
 
 
 class _Layer(NamedTuple):
@@ -149,13 +151,14 @@ def down_layers(site: Site, walks: Walks) -> Positive:
         walks.mark_centred(sites, kind[0])
         after = walks.forward(sites, moments)
         top = _with_factor(n, after.q, kind[1])
-        below = walks.backward(sites, top, common and unpacked(common))
+        below = walks.backward(sites, top, None if common is None else unpacked(common))
         left = sites[0].common_below
         (atom,) = unit.powers
         share = below / top
         static = None if share.powers else share.log_constant
         found.append((below.powers.get(atom, 0), static, left is not None))
-        handed = _Handed(packed(below, dtype), common and packed(left or ABSENT, dtype))
+        in_common = None if common is None else packed(left or ABSENT, dtype)
+        handed = _Handed(packed(below, dtype), in_common)
         return handed, walks.log_scales([*scaled_roles(sites)], dtype)
 
     (out,) = climbed.out.powers
@@ -184,14 +187,14 @@ def down_layers(site: Site, walks: Walks) -> Positive:
         kind, stop = below, start
     _note_scales(site, *jax.tree.map(lambda *logs: jnp.concatenate(logs), *runs))
     n, common = handed
-    site.common_below = common and unpacked(common)
+    site.common_below = None if common is None else unpacked(common)
     if kind[1]:
         return _with_factor(n, site.q, kind[1])
     # Where only constants come in, what `n` is made of may cancel further down.
     return unpacked(n) if kept is None else site.n * Positive(kept)
 
 
-def _with_factor(n: Packed, factor: Positive, power: float) -> Positive:
+def _with_factor(n: jax.Array, factor: Positive, power: float) -> Positive:
     """`n`, with a power of something that it holds as a factor of its own.
 
     So the norm of a kernel cancels from its own scale, and its floor plays no part.
@@ -199,8 +202,7 @@ def _with_factor(n: Packed, factor: Positive, power: float) -> Positive:
     if not power:
         return unpacked(n)
     known = factor**power
-    held = packed(known, n.row.dtype)
-    return unpacked(jax.tree.map(operator.sub, n, held)) * known
+    return unpacked(n - packed(known, n.dtype)) * known
 
 
 def _note_scales(site: Site, single: jax.Array, stacked: Sequence[jax.Array]) -> None:
@@ -219,10 +221,7 @@ def _packed_moments(moments: Moments, form: _Form, dtype: jnp.dtype) -> _Carry:
     parts += [moments.spread] * form.spread + [moments.offset] * form.offset
     parts += [moments.along] * form.along
     q = packed(moments.q, dtype)
-    shares = [
-        jax.tree.map(operator.sub, packed(ABSENT if part is None else part, dtype), q)
-        for part in parts
-    ]
+    shares = [packed(ABSENT if part is None else part, dtype) - q for part in parts]
     return _Carry(q, tuple(shares))
 
 

@@ -86,10 +86,10 @@ def layer_scales(
 
     Returns:
       A positive, finite scalar for each declared layer with parameters, keyed by its
-      path and in the order of the chain. It is the scale of the layer's kernel (of
-      BatchNorm's scale and bias; of all of a `Block`); a bias may have another one,
-      since it meets a constant instead of the layer's input. The dtype is float32, or
-      float64 where a declared parameter is.
+      path and in the order of the chain (under `jax.jit`, by name). It is the scale of
+      the layer's kernel (of BatchNorm's scale and bias; of all of a `Block`); a bias
+      may have another one, since it meets a constant instead of the layer's input. The
+      dtype is float32, or float64 where a declared parameter is.
 
       A kernel of zeros below a BatchNorm counts as one that keeps its signal's size,
       so that it can move. What has overflowed float32 counts as its largest number, and
@@ -191,10 +191,6 @@ def main_path(site: Site) -> str:
     return join(path_of(site), next(iter(site.params)))
 
 
-def _owns_params(site: Site) -> bool:
-    return bool(site.params)
-
-
 def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:
     """Path, site and role of all that has a scale; a Block is one, with the role ""."""
     for site, role in scaled_roles(sites):
@@ -273,8 +269,7 @@ def _over_their_mean(logs: jax.Array, sizes: Sequence[int]) -> jax.Array:
 
 def main_paths(sites: Sequence[Site]) -> dict[str, str]:
     """By layer, the path of the parameter whose scale stands for it."""
-    owners = filter(_owns_params, every(sites))
-    return {path_of(site): main_path(site) for site in owners}
+    return {path_of(site): main_path(site) for site in every(sites) if site.params}
 
 
 def scaled_updates(

@@ -51,7 +51,8 @@ def describe(
     * `q`: the second moment of the signal that enters it;
     * `m`: the backward factor at its output;
     * `scale`: what the gradient of its first parameter is multiplied by:
-      `1 / (m * m_W)`, divided by the mean of all with `normalize`.
+      `1 / (m * m_W)`, divided by the mean of all with `normalize`, and then held
+      within `limit`.
 
     Inside a `Repeat` a row is that of all layers: it has the least and the largest
     scale, and neither `q` nor `m`.

@@ -254,6 +254,16 @@ def test_what_cannot_work_is_refused():
         bmo.keep_norms(NORMED, NORMED)  # pyright: ignore
 
 
+def test_trees_without_leaves_and_gradients_of_none_go_through():
+    tx = bmo.keep_norms(bmo.backmatch_sgd(0.1, NORMED, normalize=False), NORMED)
+    updates: Any = tx.update({}, tx.init({}), {})[0]
+    assert updates == {}
+    some = {"fc1": {"kernel": None}, "fc2": SQUARE["fc2"]}
+    updates = tx.update(some, tx.init(SQUARE), SQUARE)[0]
+    assert updates["fc1"]["kernel"] is None
+    assert jnp.all(updates["fc2"]["kernel"] != 0)
+
+
 OTHERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: optax.chain(
         bmo.scale_by_backmatch(NORMED, normalize=False), optax.adam(0.1)

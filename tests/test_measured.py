@@ -453,6 +453,26 @@ def test_moments_after_an_activation_are_those_of_samples(name, mean_square, win
     assert gain == pytest.approx(np.square(slopes).mean(), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("links", "centred"),
+    [
+        ([spec.Transpose((1, 0, 2))], True),
+        ([spec.Transpose((2, 0, 1))], False),
+        ([spec.Flatten()], True),
+        ([spec.Reshape((2, 4, 2))], False),
+        ([spec.Concatenate([[], []])], True),
+        ([spec.Concatenate([[], []], axis=-2)], False),
+    ],
+    ids=repr,
+)
+def test_a_batch_norm_centres_what_stays_a_feature(links, centred):
+    links = [spec.Dense("a"), *links, spec.BatchNorm()]
+    chain = spec.LayerChain(links, input_shape=(2, 2, 4))
+    params = {"a": {"kernel": jnp.eye(4)}}
+    sites = walk(chain, params, gains="mean_field", norm_floor=0.0, unlisted="error")
+    assert sites[0].centred == centred
+
+
 @pytest.mark.parametrize(("branch", "centred"), [([RELU], False), ([], True)])
 def test_a_branch_with_an_activation_ends_what_a_batch_norm_centres(branch, centred):
     # As in a pre-activation network, where a BatchNorm follows the residual.

@@ -8,9 +8,12 @@ Every kind of layer is one class that states, for a link between its input and o
   of `J^T J`, where `J` is the Jacobian of the output with respect to one of its
   parameters, or to its input.
 
-That is all the recursion needs, so a new kind of layer is one new class. Spellings and
-defaults are Flax's own, kernels are in Flax layout: Dense `(in, out)`, Conv
-`(*window, in / groups, out)`. Links are frozen, hashable and comparable, and their
+That is all the recursion needs, so a new kind of layer is one new class. Three more
+answers make it exact in company and have defaults, see `Link`: `centres` (no change),
+`featurewise` (False) and `common_below` (no change).
+
+Spellings and defaults are Flax's own, kernels are in Flax layout: Dense `(in, out)`,
+Conv `(*window, in / groups, out)`. Links are frozen, hashable and comparable, and their
 `repr` is the code that rebuilds them (functions of a `Block` by their names).
 
 Equation numbers: BM is Zhang, Chen and Liu, arXiv 1802.09750; LH is Zhang, Chen and

@@ -20,9 +20,9 @@ from backmatch_optax.spec.link import (
     Link,
     Shape,
     Site,
-    check_number,
     check_path,
     checked_links,
+    checked_number,
 )
 from backmatch_optax.spec.memory import Recall
 from backmatch_optax.spec.windows import checked_shape
@@ -312,8 +312,8 @@ class DotProductAttention(Link):
             return kept
         return kept + here.common * self._gain(here, "together")
 
-    def centres(self, centred: bool) -> bool:
-        del centred
+    def centres(self, here: Site) -> bool:
+        del here
         return False
 
     def _gain(self, here: Site, name: str) -> Positive:
@@ -480,5 +480,4 @@ def _checked_attended(attended: float | None) -> float | None:
     if attended is None:
         return None
     wanted = "a number above 1, or None"
-    check_number("attended", attended, wanted, lambda n: 1.0 < n < math.inf)
-    return float(attended)
+    return checked_number("attended", attended, wanted, lambda n: 1.0 < n < math.inf)

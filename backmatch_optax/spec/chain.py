@@ -24,7 +24,7 @@ class LayerChain:
     Args:
       layers: the links, input to output.
       input_shape: shape of one input without the batch dimension, channels last, such
-        as `(32, 32, 3)`.
+        as `(32, 32, 3)`; `()` for a label, one integer for each example.
 
     Raises:
       ValueError: where an entry of `layers` is not a link, two links own the same path,
@@ -54,7 +54,9 @@ class LayerChain:
 
     def __post_init__(self):
         object.__setattr__(self, "layers", checked_links("layers", self.layers))
-        input_shape = checked_shape("input_shape", self.input_shape)
+        input_shape = self.input_shape
+        if input_shape != ():
+            input_shape = checked_shape("input_shape", input_shape)
         object.__setattr__(self, "input_shape", input_shape)
         owners: dict[str, Any] = {}
         for link in with_paths(self.layers):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,9 +21,9 @@ from backmatch_optax.spec.link import (
     Link,
     Shape,
     Site,
-    check_number,
     check_path,
     checked_links,
+    checked_number,
     kind_of,
 )
 from backmatch_optax.spec.windows import checked_shape
@@ -87,14 +86,9 @@ class Block(Link):
             value = getattr(self, name)
             if callable(value) or (value is None and name != "forward_gain"):
                 continue
-            if not isinstance(value, numbers.Real):
-                raise ValueError(
-                    f"{name} (={value!r}) must be a positive number or a function of "
-                    "the block's parameters"
-                )
-            if not 0 < value <= _LARGEST:  # pyright: ignore
-                raise ValueError(f"{name} (={value!r}) must be positive and finite")
-            self._canonical(**{name: float(value)})
+            wanted = "a positive, finite number or a function of the block's parameters"
+            fitting = checked_number(name, value, wanted, lambda v: 0 < v <= _LARGEST)
+            self._canonical(**{name: fitting})
         if self.output_shape is not None:
             self._canonical(
                 output_shape=checked_shape("output_shape", self.output_shape)
@@ -116,8 +110,8 @@ class Block(Link):
     def moments_after(self, here: Site) -> Moments:
         return here.moments * self._value(here, "forward_gain")
 
-    def centres(self, centred: bool) -> bool:
-        del centred
+    def centres(self, here: Site) -> bool:
+        del here
         return False
 
     def m_W(self, here: Site, role: str) -> Positive:
@@ -187,10 +181,7 @@ class Residual(Link):
     def arms(self) -> Mapping[str, Sequence[Link]]:
         return {"branch": self.branch, "shortcut": self.shortcut}
 
-    adds_arms = True
-
-    def divides(self, divided: bool) -> bool:
-        return divided
+    adds_arms = featurewise = True
 
     def elementwise(self, here: Site) -> Elementwise | None:
         return crossterms.elementwise_sum(here)
@@ -239,7 +230,7 @@ class Concatenate(Link):
     branches: Sequence[Sequence[Link]]
     axis: int = dataclasses.field(default=-1, kw_only=True)
 
-    adds_arms = True
+    adds_arms = featurewise = True
 
     def validate(self) -> None:
         self._canonical(branches=checked_chains("branches", self.branches))
@@ -275,8 +266,8 @@ class Concatenate(Link):
             return number(1.0)
         return here.moments_out.variance / here.arm_moments[arm].variance
 
-    def divides(self, divided: bool) -> bool:
-        return divided and self.axis == -1
+    def centres(self, here: Site) -> bool:
+        return here.centred and self.axis == -1  # or positions have means of their own
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -365,8 +356,8 @@ class Gate(Link):
             return here.common
         return None if other.common is None else here.common * other.common / other.q
 
-    def centres(self, centred: bool) -> bool:
-        del centred
+    def centres(self, here: Site) -> bool:
+        del here
         return False  # what an arm is handed was multiplied by the other
 
 
@@ -484,8 +475,8 @@ class Input(Beginning):
     def validate(self) -> None:
         super().validate()
         wanted = "a number of at least 0 and below 1"
-        check_number("common", self.common, wanted, lambda n: 0.0 <= n < 1.0)
-        self._canonical(common=float(self.common))
+        common = checked_number("common", self.common, wanted, lambda n: 0.0 <= n < 1.0)
+        self._canonical(common=common)
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field or not self.common:

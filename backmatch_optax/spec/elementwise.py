@@ -9,7 +9,7 @@ import math
 from backmatch_optax.activations import activation, after_activation, slope_in_common
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, number
-from backmatch_optax.spec.link import Elementwise, Link, Site, check_number
+from backmatch_optax.spec.link import Elementwise, Link, Site, checked_number
 
 ACTIVATIONS = (
     "celu",
@@ -54,6 +54,8 @@ class Activation(Link):
 
     name: str
 
+    featurewise = True
+
     def validate(self) -> None:
         if self.name not in ACTIVATIONS:
             near = difflib.get_close_matches(str(self.name), ACTIVATIONS, n=3)
@@ -63,11 +65,8 @@ class Activation(Link):
                 f"Known: {', '.join(map(repr, ACTIVATIONS))}."
             )
 
-    def centres(self, centred: bool) -> bool:
-        return centred and self.name == "identity"
-
-    def divides(self, divided: bool) -> bool:
-        return divided
+    def centres(self, here: Site) -> bool:
+        return here.centred and self.name == "identity"
 
     def elementwise(self, here: Site) -> Elementwise:
         del here
@@ -112,11 +111,12 @@ class Dropout(Link):
 
     rate: float = 0.0
 
-    def validate(self) -> None:
-        check_number("rate", self.rate, "a number in [0, 1)", lambda r: 0.0 <= r < 1.0)
+    featurewise = True
 
-    def divides(self, divided: bool) -> bool:
-        return divided
+    def validate(self) -> None:
+        wanted = "a number in [0, 1)"
+        rate = checked_number("rate", self.rate, wanted, lambda r: 0.0 <= r < 1.0)
+        self._canonical(rate=rate)
 
     def moments_after(self, here: Site) -> Moments:
         before = here.moments
@@ -158,9 +158,15 @@ class Scale(Link):
 
     factor: float
 
+    featurewise = True
+
     def validate(self) -> None:
         wanted = "a finite number other than zero"
-        check_number("factor", self.factor, wanted, lambda f: 0 < abs(f) < math.inf)
+        self._canonical(
+            factor=checked_number(
+                "factor", self.factor, wanted, lambda f: 0 < abs(f) < math.inf
+            )
+        )
 
     def elementwise(self, here: Site) -> Elementwise:
         del here
@@ -171,4 +177,4 @@ class Scale(Link):
 
     def m_z(self, here: Site) -> Positive:
         del here
-        return number(abs(self.factor)) ** 2  # whose float may be none
+        return number(abs(self.factor)) ** 2  # a log: 1e200 ** 2 is no float

@@ -10,6 +10,7 @@ from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Link, Shape, Site, check_path, checked_links
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Table(Link):
     """What these share: a table with a row of features for each token."""
 
@@ -62,8 +63,6 @@ class Embed(_Table):
       )
     """
 
-    path: str
-
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
     ) -> Shape:
@@ -104,8 +103,6 @@ class Unembed(_Table):
       >>> spec.Unembed("Embed_0")
       spec.Unembed('Embed_0')
     """
-
-    path: str
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
@@ -164,7 +161,7 @@ class Tied(Link):
 
     links: Sequence[Link]
 
-    adds_arms = True
+    adds_arms = featurewise = True  # as far as its links do
     declares_arms = False
 
     def validate(self) -> None:

@@ -12,17 +12,14 @@ from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Link, Shape, Site, check_path
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Learned(Link):
     """What these share: an array at its own path, repeated as in NumPy to the input."""
 
     path: str
 
     roles = required_roles = ("",)  # the path is the array's own
-
-    @property
-    def longer(self) -> bool:
-        """Whether it may have more rows than its input has positions."""
-        return False
+    featurewise = True
 
     def validate(self) -> None:
         check_path(self.path)
@@ -35,7 +32,7 @@ class _Learned(Link):
         # Only a leading axis may be in excess: that of the batch.
         while len(shape) > len(input_shape) and shape[0] == 1:
             shape = shape[1:]
-        if self.longer and len(shape) == len(input_shape) > 1:
+        if getattr(self, "sliced", False) and len(shape) == len(input_shape) > 1:
             rows = min(shape[-2], input_shape[-2])
             shape = (*shape[:-2], rows, shape[-1])
         aligned = zip(reversed(shape), reversed(input_shape), strict=False)
@@ -53,7 +50,7 @@ class _Learned(Link):
     def repeated(self, here: Site) -> float:
         """At how many positions an entry stands."""
         shape = here.params[self.roles[0]].shape
-        return here.positions_in / max(math.prod(shape[:-1]), 1)
+        return here.positions_in / math.prod(shape[:-1])
 
     def mean_square(self, here: Site) -> Positive:
         """Of the array's entries."""
@@ -83,8 +80,6 @@ class LayerScale(_Learned):
       >>> spec.Residual([spec.Dense("Dense_0"), spec.LayerScale("gamma")])
       spec.Residual((spec.Dense('Dense_0'), spec.LayerScale('gamma')))
     """
-
-    path: str
 
     def moments_after(self, here: Site) -> Moments:
         return here.moments * self.mean_square(here)
@@ -121,12 +116,7 @@ class Bias(_Learned):
       spec.Bias('Encoder_0/pos_embedding')
     """
 
-    path: str
     sliced: bool = dataclasses.field(default=False, kw_only=True)
-
-    @property
-    def longer(self) -> bool:
-        return self.sliced
 
     def moments_after(self, here: Site) -> Moments:
         added = self.mean_square(here)
@@ -167,8 +157,6 @@ class PReLU(_Learned):
       spec.PReLU('PReLU_0')
     """
 
-    path: str
-
     roles = required_roles = ("negative_slope",)
 
     def shape_after(
@@ -181,8 +169,8 @@ class PReLU(_Learned):
             )
         return input_shape
 
-    def centres(self, centred: bool) -> bool:
-        del centred
+    def centres(self, here: Site) -> bool:
+        del here
         return False
 
     def moments_after(self, here: Site) -> Moments:
@@ -228,8 +216,6 @@ class ClassToken(_Learned):
         "alone; its own scale is then too large by their number"
     )
 
-    path: str
-
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
     ) -> Shape:
@@ -249,3 +235,7 @@ class ClassToken(_Learned):
 
     def m_W(self, here: Site, role: str) -> Positive:
         return number(1.0)
+
+    def centres(self, here: Site) -> bool:
+        del here
+        return False  # the other positions have a mean of their own

@@ -236,6 +236,10 @@ class Link:
     adds_arms: ClassVar[bool] = False
     declares_arms: ClassVar[bool] = True  # or others declare what they own
     begins: ClassVar[bool] = False  # takes an input of its own, not what lies below
+    featurewise: ClassVar[bool] = False  # acts on every feature by itself
+    # Whether it divides every feature by its own size, as a BatchNorm does. What lies
+    # below is then divided too, as far down as links are `featurewise`.
+    divides: ClassVar[bool] = False
     # Why scales may be far off, for `describe`; the second with the papers' gains,
     # where a mean over positions comes later.
     approximate: ClassVar[str] = ""
@@ -303,21 +307,13 @@ class Link:
         del arm
         return here.common
 
-    def centres(self, centred: bool) -> bool:
+    def centres(self, here: Site) -> bool:
         """Whether what it hands back has mean zero over the batch, for every unit.
 
-        True of a BatchNorm; a linear link keeps what it gets, which is the default.
+        True of a BatchNorm; a linear link keeps what it gets, `here.centred`, which is
+        the default.
         """
-        return centred
-
-    def divides(self, divided: bool) -> bool:
-        """Whether all that follows its input divides each feature by its own size.
-
-        True of a BatchNorm. A link that acts on every feature by itself hands on what
-        it is above; the default is False.
-        """
-        del divided
-        return False
+        return here.centred
 
     def takes_away_norm(self, has_bias: bool) -> bool:
         """Whether its output does not depend on the norm of the kernel right before it.
@@ -418,10 +414,10 @@ def check_path(path: Any) -> None:
         )
 
 
-def check_number(
+def checked_number(
     name: str, value: Any, wanted: str, fits: Callable[[float], bool]
-) -> None:
-    """Raises `ValueError` where a value is no real number, or one that does not fit."""
+) -> float:
+    """A real number that fits as a float, or `ValueError`."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
         number = float(value) if is_number else math.nan
@@ -429,6 +425,7 @@ def check_number(
         number = math.inf
     if not fits(number):
         raise ValueError(f"{name} (={reprlib.repr(value)}) must be {wanted}")
+    return number
 
 
 def check_vector(role: str, param_shapes: Mapping[str, Shape], features: int) -> None:

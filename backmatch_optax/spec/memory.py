@@ -56,6 +56,8 @@ class Memory(Link):
 
     links: Sequence[Link]
 
+    featurewise = True  # as far as its links do
+
     def validate(self) -> None:
         self._canonical(links=checked_links("links", self.links))
         if not any(recalls(self.links)):

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 
 from backmatch_optax.activations import DENSITY
 from backmatch_optax.moments import Moments
-from backmatch_optax.numerics import checked_count
+from backmatch_optax.numerics import checked_count, wide
 from backmatch_optax.powers import Positive, magnitudes, measured, number, share
 from backmatch_optax.spec.link import (
     Elementwise,
     Link,
     Shape,
     Site,
-    check_number,
     check_path,
     check_vector,
+    checked_number,
 )
 
 
@@ -37,7 +37,11 @@ class _Normalisation(Link):
         if self.path is not None:
             check_path(self.path)
         wanted = "a finite number of at least 0"
-        check_number("epsilon", self.epsilon, wanted, lambda e: 0.0 <= e < math.inf)
+        self._canonical(
+            epsilon=checked_number(
+                "epsilon", self.epsilon, wanted, lambda e: 0.0 <= e < math.inf
+            )
+        )
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
@@ -51,8 +55,8 @@ class _Normalisation(Link):
         """The signal's moments without the means that it takes away."""
         return here.moments.without_offset()
 
-    def centres(self, centred: bool) -> bool:
-        del centred
+    def centres(self, here: Site) -> bool:
+        del here
         return False  # it multiplies every example by a number of its own
 
     def takes_away_norm(self, has_bias: bool) -> bool:
@@ -138,16 +142,14 @@ class BatchNorm(_Normalisation):
 
     epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
 
+    divides = True
+
     def remaining(self, here: Site) -> Moments:
         # A unit's variance over the batch: with the papers' gains all of `q`.
         return Moments(here.moments.variance, along=here.moments.along)
 
-    def centres(self, centred: bool) -> bool:
-        del centred
-        return True
-
-    def divides(self, divided: bool) -> bool:
-        del divided
+    def centres(self, here: Site) -> bool:
+        del here
         return True
 
     def takes_away_norm(self, has_bias: bool) -> bool:
@@ -246,7 +248,8 @@ class RMSNorm(_Normalisation):
     def scale_square(self, here: Site) -> Positive:
         if not self.one_plus:
             return super().scale_square(here)
-        factor, floor = 1.0 + here.params["scale"], here.norm_floor
+        scale, floor = here.params["scale"], here.norm_floor
+        factor = 1.0 + scale.astype(wide(scale.dtype))
         return here.once(
             "one_plus", lambda: measured(jnp.mean(jnp.square(factor)), floor=floor)
         )

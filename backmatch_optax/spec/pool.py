@@ -19,6 +19,7 @@ class _Pool(Windowed):
 
     window_shape: Sequence[int]
 
+    featurewise = True
     paddings = ("VALID", "SAME", "SAME_LOWER")
 
     def validate(self) -> None:
@@ -35,9 +36,6 @@ class _Pool(Windowed):
         *sizes, features = input_shape
         taps = per_dimension("window_shape", self.window_shape, len(sizes))
         return (*self.window(tuple(sizes), taps).output_sizes(), features)
-
-    def divides(self, divided: bool) -> bool:
-        return divided
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -116,6 +114,8 @@ class GlobalAvgPool(Link):
       spec.GlobalAvgPool()
     """
 
+    featurewise = True
+
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
     ) -> Shape:
@@ -145,6 +145,8 @@ class Flatten(Link):
       >>> spec.Flatten()
       spec.Flatten()
     """
+
+    featurewise = True  # each stays one, at one position
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]

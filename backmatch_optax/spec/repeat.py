@@ -71,7 +71,7 @@ class Repeat(Link):
     chain: Sequence[Link]
     n: int
 
-    adds_arms = True
+    adds_arms = featurewise = True  # as far as its links do
 
     def validate(self) -> None:
         self._canonical(

@@ -73,6 +73,10 @@ class Reshape(Link):
         met = here.fan_in // math.gcd(here.fan_in, here.fan_out)
         return with_units_mixed(here.moments, met)
 
+    def centres(self, here: Site) -> bool:
+        # An old feature is then at all places of some new ones.
+        return here.centred and here.fan_out % here.fan_in == 0
+
     def common_below(self, here: Site) -> Positive | None:
         return here.common if here.fan_in == here.fan_out else None
 
@@ -129,13 +133,21 @@ class Transpose(Link):
             )
         return tuple(input_shape[axis] for axis in self.axes)
 
+    @property
+    def keeps_features(self) -> bool:
+        """Whether only positions change places."""
+        return self.axes[-1] == len(self.axes) - 1
+
     def moments_after(self, here: Site) -> Moments:
-        if self.axes[-1] == len(self.axes) - 1:
+        if self.keeps_features:
             return here.moments
         return with_units_mixed(here.moments, here.fan_in)
 
+    def centres(self, here: Site) -> bool:
+        return here.centred and self.keeps_features
+
     def common_below(self, here: Site) -> Positive | None:
-        return here.common if self.axes[-1] == len(self.axes) - 1 else None
+        return here.common if self.keeps_features else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -167,6 +179,8 @@ class Slice(Link):
 
     index: int | Sequence[int | None]
     axis: int = dataclasses.field(default=-2, kw_only=True)
+
+    featurewise = True
 
     def validate(self) -> None:
         index: Any = self.index
@@ -262,6 +276,7 @@ class Resize(Link):
     shape: Sequence[int]
     method: str = dataclasses.field(default="nearest", kw_only=True)
 
+    featurewise = True
     approximate = (
         "neighbours become alike, and a convolution above adds them up; the rule takes "
         "positions for unrelated"
@@ -288,11 +303,15 @@ class Resize(Link):
         return (*self.shape, input_shape[-1])
 
     def moments_after(self, here: Site) -> Moments:
+        if here.mean_field and here.positions_in == 1:  # the same everywhere
+            return dataclasses.replace(here.moments, along=here.moments.variance)
         if not here.mean_field or self.method == "nearest":
             return here.moments
         return here.moments.shrunk(self._squares(here) / here.positions_out)
 
     def m_z(self, here: Site) -> Positive:
+        if here.positions_in == 1:
+            return here.added(here.positions_out)
         return number(self._squares(here) / here.positions_in)
 
     def _squares(self, here: Site) -> float:

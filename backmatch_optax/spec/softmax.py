@@ -46,8 +46,8 @@ class _NearlyUniform(Link):
         slope, _ = self._at_equal_logits(here.fan_in)
         return number(slope**2 * (here.fan_in - 1) / here.fan_in)
 
-    def centres(self, centred: bool) -> bool:
-        del centred
+    def centres(self, here: Site) -> bool:
+        del here
         return False  # every example has probabilities of its own
 
 

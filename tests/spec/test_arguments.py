@@ -161,35 +161,35 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "block with zero curvature": (
         lambda: block(weight_curvature=0),
-        r"Block\('mixer'.*weight_curvature \(=0\) must be positive and finite",
+        r"Block\('mixer'.*weight_curvature \(=0\) must be a positive, finite number",
     ),
     "block with negative curvature": (
         lambda: block(input_curvature=-2.0),
-        r"input_curvature \(=-2.0\) must be positive and finite",
+        r"input_curvature \(=-2.0\) must be a positive, finite number",
     ),
     "block with infinite gain": (
         lambda: block(forward_gain=float("inf")),
-        r"forward_gain \(=inf\) must be positive and finite",
+        r"forward_gain \(=inf\) must be a positive, finite number",
     ),
     "block with NaN for a curvature": (
         lambda: block(weight_curvature=float("nan")),
-        r"weight_curvature \(=nan\) must be positive and finite",
+        r"weight_curvature \(=nan\) must be a positive, finite number",
     ),
     "block with too large a curvature": (
         lambda: block(weight_curvature=10**400),
-        r"weight_curvature \(=10+\) must be positive and finite",
+        r"weight_curvature \(=10+\.\.\.0+\) must be a positive, finite number",
     ),
     "block with text for a curvature": (
         lambda: block(weight_curvature="high"),
-        r"weight_curvature \(='high'\) must be a positive number or a function",
+        r"weight_curvature \(='high'\) must be a positive, finite number or a function",
     ),
     "block with digits for a curvature": (
         lambda: block(weight_curvature="2"),
-        r"weight_curvature \(='2'\) must be a positive number or a function",
+        r"weight_curvature \(='2'\) must be a positive, finite number or a function",
     ),
     "block with a vector for a curvature": (
         lambda: block(input_curvature=np.ones(2)),
-        r"input_curvature \(=array.*\) must be a positive number or a function",
+        r"input_curvature \(=array.*\) must be a positive, finite number or a function",
     ),
     "block with an empty output": (
         lambda: block(output_shape=(0,)),
@@ -248,8 +248,8 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         r"input_shape \(=\(8.0, 3\)\) must be a sequence of positive ints",
     ),
     "empty input shape": (
-        lambda: chain(input_shape=()),
-        r"input_shape \(=\(\)\) must be a sequence of positive ints",
+        lambda: chain(input_shape=[]),
+        r"input_shape \(=\[\]\) must be a sequence of positive ints",
     ),
     "path declared twice": (
         lambda: chain(spec.Dense("fc1"), spec.Flatten(), spec.Conv("fc1")),

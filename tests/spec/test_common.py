@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from agreements import agreement, normal
 
@@ -75,17 +76,45 @@ class Dense(nn.Module):
         return nn.Dense(8, name="head")(y)
 
 
-def test_a_batch_norm_divides_each_branch_by_its_own_size():
-    branch = [spec.Dense("a"), spec.Scale(0.2)]
-    links = [spec.Concatenate([branch, []]), spec.BatchNorm(), spec.Dense("head")]
+@pytest.mark.parametrize(
+    "between",
+    [
+        [],
+        [spec.Scale(2.0)],
+        [spec.Dropout(), spec.Flatten()],
+        [spec.Bias("zero"), spec.LayerScale("one")],
+        [spec.Slice((0, 32), axis=-1)],
+        "repeat",
+    ],
+    ids=["nothing", "scale", "flatten", "learned", "slice", "repeat"],
+)
+def test_a_batch_norm_divides_each_branch_by_its_own_size(between):
+    joined = spec.Concatenate([[spec.Dense("a"), spec.Scale(0.2)], []])
+    links = [joined, *between]
+    if between == "repeat":
+        links = [spec.Repeat([joined, spec.Slice((0, 16), axis=-1)], 1)]
+    links += [spec.BatchNorm(), spec.Dense("head")]
     chain = spec.LayerChain(links, input_shape=(16,))
     x = jax.random.normal(jax.random.key(0), (256, 16))
     variables = Dense().init(jax.random.key(1), x)
 
     def fn(params, x):
-        given = {**variables, "params": params}
+        given = {**variables, "params": {**variables["params"], **params}}
         return Dense().apply(given, x, mutable=["batch_stats"])[0]
 
-    params = variables["params"]
-    compared = bmo.compare_scales(chain, params, fn, x, key=jax.random.key(2))
+    params = {**variables["params"]}
+    if between == "repeat":  # only what the head reads: the first branch
+        params["a"] = jax.tree.map(lambda leaf: leaf[None], params["a"])
+        params["head"] = jax.tree.map(lambda leaf: leaf[:16], params["head"])
+        scales = bmo.layer_scales(chain, params, gains="mean_field")
+        plain = spec.LayerChain(
+            [joined, spec.Slice((0, 16), axis=-1), *links[1:]], input_shape=(16,)
+        )
+        params["a"] = variables["params"]["a"]
+        alone = bmo.layer_scales(plain, params, gains="mean_field")
+        np.testing.assert_allclose(scales["a"][0], alone["a"], rtol=1e-5)
+        return
+    learned = {"zero": jnp.zeros(32), "one": jnp.ones(32)}
+    declared = params | (learned if "zero" in chain.paths else {})
+    compared = bmo.compare_scales(chain, declared, fn, x, key=jax.random.key(2))
     assert 0.8 < compared.ratios["a"] < 1.25

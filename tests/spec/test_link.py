@@ -136,12 +136,15 @@ def test_a_block_with_a_function_that_has_no_name_can_be_printed():
         ),
         (spec.MaxPool([2, 2], strides=2), "spec.MaxPool((2, 2), strides=2)"),
         (spec.BatchNorm("n"), "spec.BatchNorm('n')"),
+        (spec.BatchNorm(epsilon=np.float64(0.5)), "spec.BatchNorm(epsilon=0.5)"),
+        (spec.Scale(np.float64(0.5)), "spec.Scale(0.5)"),
+        (spec.Dropout(np.float64(0.5)), "spec.Dropout(0.5)"),
         (
             spec.Residual([spec.Dense("d")]),
             "spec.Residual((spec.Dense('d'),))",
         ),
     ],
-    ids=["conv", "pool", "norm", "residual"],
+    ids=["conv", "pool", "norm", "epsilon", "scale", "dropout", "residual"],
 )
 def test_repr_leaves_defaults_out(link, text):
     assert repr(link) == text

@@ -259,3 +259,18 @@ def test_programs_with_epsilons_grow_with_the_depth_and_not_with_its_square(opti
         return program.count("\n")
 
     assert lines(24) < 2.3 * lines(12)
+
+
+@pytest.mark.parametrize(("dtype", "entry"), [("float16", 300.0), ("bfloat16", 0.01)])
+def test_one_plus_a_scale_in_half_precision(dtype, entry):
+    links = [spec.Dense("fc"), spec.RMSNorm("norm", one_plus=True)]
+    chain = spec.LayerChain(links, input_shape=(4,))
+    kernel = jnp.eye(4)
+
+    def scale_of(entries: Any) -> Any:
+        params = {"fc": {"kernel": kernel}, "norm": {"scale": entries}}
+        return bmo.layer_scales(chain, params, normalize=False)["fc"]
+
+    entries = jnp.full(4, entry, dtype)
+    exact = scale_of(entries.astype("float32"))
+    np.testing.assert_allclose(scale_of(entries), exact, rtol=1e-6)
