@@ -23,7 +23,7 @@ from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.layout import Axis, Factor
 from backmatch_optax.infer.step import Heads, Step, Unknown
 from backmatch_optax.parameters import join
-from backmatch_optax.spec.link import Shape, with_paths
+from backmatch_optax.spec.link import Shape
 
 Measure = Callable[[_spec.Block, Step], _spec.Block]
 
@@ -41,6 +41,10 @@ _FEATUREWISE = (
     _spec.Softmax,
 )
 _BY_EXAMPLE = _spec.GlobalAvgPool
+_NO_FEATURES = (
+    "puts out one number for each example, without an axis for it. Keep the axis, as "
+    "keepdims=True does, or [:, :1] in the place of [:, 0]"
+)
 
 
 @dataclasses.dataclass
@@ -67,8 +71,9 @@ class Links:
       start: the shape that they begin with, without the batch.
       shape: the shape that they come to.
       axes: where the axes of that shape, after the batch, are in the traced one.
-      leading: whether they begin at an input, behind whatever prepares it;
-      fixed: but with the input's shape.
+      leading: whether the first of them reads an input of the model. What only scales
+        or reshapes it before is left out.
+      fixed: whether the shape of that input must stay.
       links: the links.
     """
 
@@ -96,9 +101,15 @@ class Links:
         if step.begins:
             if not self.leading:
                 raise Unknown(node, f"{node.op} combines the input with an array")
+            if node.shape != step.source.shape:  # features, made of a number
+                if self.fixed:
+                    raise Unknown(node, f"{node.op} makes features of the first input")
+                self.start = self.shape = node.shape[1:]
+                self.axes = self._plain()
             return
         if self.padding and step.window is None and not step.padding:
-            raise Unknown(node, "padding is followed by no convolution")
+            found = "several signals" if step.ends else "no convolution"
+            raise Unknown(node, f"padding is followed by {found}")
         if step.moves:
             self._move(step)
         elif step.padding:
@@ -182,7 +193,11 @@ class Links:
             return
         pieces = sorted(factors, key=lambda factor: (factor[0], -factor[1]))
         order = [pieces.index(factor) for factor in factors]
-        if len(target) == 1:  # the same in any order
+        if not target:
+            raise Unknown(node, f"{node.op} {_NO_FEATURES}")
+        if self.fixed:
+            self._check_features(node)
+        if len(target) == 1 and self.shape:  # the same in any order
             self._put(_spec.Flatten(), target)
         elif self.leading and not self.fixed and not self.links:
             self.start = self.shape = target  # the chain begins behind
@@ -217,6 +232,8 @@ class Links:
             self.become(step.source.shape[1:], node)
             if node.shape[:1] != batch:
                 raise Unknown(node, f"{node.op} changes the batch dimension") from None
+            if not node.shape[1:]:
+                raise Unknown(node, f"{node.op} {_NO_FEATURES}") from None
             self._put(_spec.Reshape(node.shape[1:]), node.shape[1:])
             self.axes = self._plain()
         if len(node.shape) == 2 < len(self.shape) + 1 and not self._repeats():
@@ -225,6 +242,9 @@ class Links:
 
     def _features(self, node: Node, shape: Shape, count: int) -> None:
         """Makes the last axes of a traced shape, so many, the features."""
+        if not self.shape:
+            self.become(shape[1:], node)
+        self._check_features(node)
         last = self.shape[-1]
         features = _merged(itertools.chain(*self.axes[len(shape) - count :]))
         plain = features == (((len(self.shape), 1, last),) if last > 1 else ())
@@ -232,6 +252,16 @@ class Links:
             positions = shape[1 : len(shape) - count]
             self.become((*positions, math.prod(shape[-count:])), node)
             self.axes = self._divided(node, shape)
+
+    def _check_features(self, node: Node) -> None:
+        if not self.shape:
+            main = self.context.main
+            raise Unknown(
+                node,
+                f"its input of shape {main.shape} has no batch dimension or no "
+                f"features: give it both, as in jax.ShapeDtypeStruct("
+                f"{(1, *main.shape, 1)[:2]}, jnp.{jnp.dtype(main.dtype)})",
+            )
 
     def _in_order(self, step: Step) -> list[int]:
         """The axes that a step takes, its features as the chain has them.
@@ -383,8 +413,8 @@ class Links:
         self._for_window(actual, step)
         before, mode, self.padding, self.mode = self.padding, self.mode, (), ""
         try:
-            name = window.name(self.shape[:-1], before, mode)
             link: Any = step.links[0]
+            name = window.name(link, self.shape[:-1], before, mode)
             link = dataclasses.replace(link, padding=name)
         except ValueError as error:
             raise Unknown(step.node, f"{step.node.op} {error}") from None
@@ -398,9 +428,9 @@ class Links:
         if isinstance(link, _spec.Block):
             self._add_block(link, step)
             return
+        if not isinstance(link, _spec.Embed):
+            self._check_features(step.node)
         path = getattr(link, "path", None)
-        if any(self._is_used(inner.path, step) for inner in with_paths([link], False)):
-            raise Unknown(step.node, f"{link} has parameters that are used elsewhere")
         shapes, new = {}, link
         if path is not None:
             if self._is_used(path, step):
@@ -421,6 +451,8 @@ class Links:
         if batch != step.source.shape[0]:
             raise Unknown(step.node, f"{step.node.op} changes the batch dimension")
         shape = tuple(shape)
+        if not shape:
+            raise Unknown(step.node, f"{step.node.op} {_NO_FEATURES}")
         if block.output_shape is None and shape != self.shape:
             block = dataclasses.replace(block, output_shape=shape)
         if block.output_shape not in (None, shape):
@@ -493,9 +525,11 @@ class Links:
         axes = None
         match step.joins:
             case "sum":
+                for side, end in zip(sides, step.ends, strict=True):
+                    side._repeat_to(end.shape, node)
                 if len({(side.shape, side.axes) for side in sides}) > 1:
-                    for side, end in zip(sides, step.ends, strict=True):
-                        side.become(end.shape[1:], node)
+                    for side in sides:
+                        side.become(node.shape[1:], node)
                 axes = sides[0].axes
                 # The one with more links is the branch.
                 longer = sorted(sides, key=lambda side: -_count(side.links))
@@ -566,6 +600,13 @@ class Links:
             side.links.insert(0, _spec.Recall(begin.shape[1:]))
             side.shapes.insert(0, begin.shape[1:])
         return side
+
+    def _repeat_to(self, shape: Shape, node: Node) -> None:
+        """Repeats the signal, traced with a shape, along the axes of length 1."""
+        sizes = zip(self.axes, shape, node.shape, strict=True)
+        self.axes = tuple(
+            layout.repeated(size) if of < size else axis for axis, of, size in sizes
+        )
 
     def _gated(self, sides: list[Links], step: Step) -> list[Links]:
         """The two arms of a product, the gate last: what is smaller, or activated."""

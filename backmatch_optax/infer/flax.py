@@ -312,7 +312,8 @@ def _message(
     line = f" ({node.source})" if node.source else ""
     text = f"infer_spec: {place}: {unknown.reason}{line}. "
     for leaf in given:
-        if leaf.flows and any(n.shape == (1, *leaf.shape) for n in above(node)):
+        batched = (1, *leaf.shape)
+        if leaf.flows and any(n.flows and n.shape == batched for n in above(node)):
             text += _lacks_batch(leaf)
     if ways_out:
         several = (
@@ -420,7 +421,12 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
         def values(nodes: Sequence[Node]) -> dict[Node, Any]:
             kinds = dict(zip(("param", "random", "state"), states, strict=True))
             found = {kind: _by_path(tree) for kind, tree in kinds.items()}
-            return {node: _value(found[node.op][node.path], node) for node in nodes}
+            return {
+                node: np.ones(node.shape, node.dtype)
+                if node.op == "input"
+                else _value(found[node.op][node.path], node)
+                for node in nodes
+            }
 
         return function, variables, values
 

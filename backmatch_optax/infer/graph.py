@@ -21,10 +21,9 @@ from jax.extend.source_info_util import summarize
 
 # Primitives that are calls: their body takes the equation's place. A custom_vjp is not:
 # its derivative need not be the one of its body.
-_CALLS = {"jit", "pjit", "closed_call", "core_call", "call"}
-_CALLS |= {"remat", "remat2", "checkpoint"}
+_CALLS = {"jit", "closed_call", "call", "remat2"}
 # Primitives that hand on what they are given.
-_ALIASES = {"copy", "copy_p", "device_put", "name", "optimization_barrier"}
+_ALIASES = {"copy", "device_put", "name", "optimization_barrier"}
 _ALIASES |= {"reduce_precision", "reshard", "sharding_constraint"}
 
 
@@ -361,8 +360,8 @@ def memory(output: Node) -> Node | None:
     """The output of an encoder, read at several places where other inputs flow.
 
     Returns:
-      The last value that all of one input's ways to the other inputs' pass through,
-      with parameters below it and more than one use above; None where there is none.
+      The last value that all ways of some inputs to those of others pass through, with
+      parameters below it and more than one use above; None where there is none.
     """
     order = _in_order(output)
     reached: dict[Node, frozenset[Node]] = {}
@@ -370,14 +369,16 @@ def memory(output: Node) -> Node | None:
         below = (reached[operand] for operand in node.flow)
         own = {node} if node.op == "input" else ()
         reached[node] = frozenset(own).union(*below)
-    for begin in [node for node in order if node.op == "input"]:
+    for inputs in dict.fromkeys(reached.values()):
         border = {
             operand
             for node in order
             for operand in node.flow
-            if reached[node] > reached[operand] == {begin}
+            if reached[node] > reached[operand] == inputs
         }
-        found = functools.reduce(common_dominator, border) if border else begin
+        if not border:
+            continue
+        found = functools.reduce(common_dominator, border)
         uses = [node for node in order if found in node.flow]
         learned = any(node.uses for node in above(found))
         if found.operands and len(uses) > 1 and learned:

@@ -90,21 +90,21 @@ def chain(
 
 
 def _beginning(output: Node) -> tuple[Node, Node]:
-    """Where the steps begin, and the input that is the chain's own: the first."""
+    """Where the steps begin, and the chain's own input: see `_preference`."""
     *_, start = (output, *(n for n in output.dominators() if n.op != "inputs"))
     main = start
     if start.op != "input":
         assert start.dominator is not None
         start = start.dominator
-        main = min(graph.inputs(output), key=lambda leaf: (len(leaf.path), leaf.path))
-    if len(main.shape) < 2:
-        raise Unknown(
-            main,
-            f"its input of shape {main.shape} has no batch dimension or no features: "
-            f"give it both, as in jax.ShapeDtypeStruct({(1, *main.shape, 1)[:2]}, "
-            f"jnp.{jnp.dtype(main.dtype)})",
-        )
+        main = min(graph.inputs(output), key=_preference)
     return start, main
+
+
+def _preference(leaf: Node) -> Any:
+    """With features before labels, labels before other numbers; then in order."""
+    number = len(leaf.shape) < 2
+    real = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return number, number and real, len(leaf.path), leaf.path
 
 
 # --- The graph as steps --------------------------------------------------------------
@@ -175,7 +175,9 @@ class _Cutter:
             yield _tried(lambda: self._gate(node))
         yield from late
         begin = next(x for x in node.dominators() if x is start or x.op == "input")
-        if begin.op == "input" and _is_preparation(node, begin):
+        if begin.op == "input" and (
+            _is_preparation(node, begin) or _makes_features(node, begin)
+        ):
             yield Step(node, begin, begins=True)
         elif node.op in _SUMS and len(node.flow) == 1:
             found = positions(node)
@@ -197,8 +199,6 @@ class _Cutter:
 
     def _residual(self, node: Node) -> Step:
         assert node.dominator is not None
-        if any(arm.shape != node.shape for arm in node.operands):
-            raise Unknown(node, f"{node.op} combines two signals of different shapes")
         step = Step(node, node.dominator, ends=node.operands, joins="sum", opaque=True)
         step = self._with_arms(step)
         if not _unrelated(step):
@@ -376,6 +376,23 @@ def _is_preparation(node: Node, start: Node) -> bool:
             return False
         (node,) = node.flow
     return True
+
+
+def _makes_features(node: Node, start: Node) -> bool:
+    """Whether a node is features made of a number for each example, such as a time.
+
+    With nothing learned on the way. Sines and cosines are the usual ones.
+    """
+    return (
+        len(start.shape) == 1
+        and len(node.shape) > 1
+        and node.shape[:1] == start.shape
+        and jnp.issubdtype(node.dtype, jnp.floating)
+        and all(
+            found.origins <= {"array", "data", "input"}
+            for found in graph.above(node, until=start)
+        )
+    )
 
 
 def _reason(node: Node) -> str:

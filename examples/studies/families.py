@@ -75,6 +75,31 @@ class UNet(nn.Module):
         return nn.Conv(features, (3, 3))(x)
 
 
+class Diffusion(nn.Module):
+    """A U-Net that knows a time and a class, as Ho et al. (2020) and later ones."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array, label: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        angles = time[:, None] * 1e-4 ** (jnp.arange(32) / 32)
+        known = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        known = nn.Dense(64)(nn.swish(nn.Dense(64)(known))) + nn.Embed(64, 64)(label)
+        a = self.block(nn.Conv(24, (3, 3))(x), known)
+        b = self.block(nn.Conv(48, (3, 3), strides=2)(a), known)
+        b = self.block(b, known)
+        shape = (x.shape[0], x.shape[1], x.shape[2], 48)
+        b = nn.Conv(24, (3, 3))(jax.image.resize(b, shape, "nearest"))
+        a = self.block(nn.Conv(24, (1, 1))(jnp.concatenate([a, b], -1)), known)
+        return nn.Conv(3, (3, 3))(nn.swish(nn.GroupNorm(2)(a)))
+
+    def block(self, x: jax.Array, known: jax.Array) -> jax.Array:
+        """A residual to which what is known is added at all positions."""
+        features = x.shape[-1]
+        h = nn.Conv(features, (3, 3))(nn.swish(nn.GroupNorm(2)(x)))
+        h = h + nn.Dense(features)(nn.swish(known))[:, None, None]
+        return x + nn.Conv(features, (3, 3))(nn.swish(nn.GroupNorm(2)(h)))
+
+
 class MobileNet(nn.Module):
     """Inverted residuals with squeeze and excite: MobileNetV3 and EfficientNet."""
 

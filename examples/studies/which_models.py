@@ -27,12 +27,18 @@ from examples.studies import families
 
 RESULT = Path(__file__).parent / "results" / "which_models.md"
 IMAGES, TOKENS = (16, 16, 3), (16,)
-MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...], ...]]] = {
+TIME, LABEL = "time", "label"  # a number for each example
+MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
     "ResNet (Flax's imagenet)": (families.ResNet(), "Linen", (IMAGES,)),
     "DenseNet": (families.DenseNet(), "Linen", (IMAGES,)),
     "U-Net, nearest": (families.UNet("nearest"), "Linen", (IMAGES,)),
     "U-Net, bilinear": (families.UNet("bilinear"), "Linen", (IMAGES,)),
     "U-Net, transposed": (families.UNet("transposed"), "Linen", (IMAGES,)),
+    "diffusion, time and class": (
+        families.Diffusion(),
+        "Linen",
+        (IMAGES, TIME, LABEL),
+    ),
     "MobileNetV3": (
         families.MobileNet(nn.hard_swish, nn.hard_sigmoid),
         "Linen",
@@ -83,15 +89,23 @@ def links_in(links: Sequence[spec.Link]) -> int:
     return len(links) + sum(map(links_in, inner))
 
 
-def random_inputs(shapes: Sequence[tuple[int, ...]], batch: int) -> list[jax.Array]:
-    """Normal images, uniform tokens."""
+def random_inputs(
+    shapes: Sequence[tuple[int, ...] | str], batch: int
+) -> list[jax.Array]:
+    """Normal images; uniform tokens, times and labels."""
     keys = jax.random.split(jax.random.key(1), len(shapes))
-    return [
-        jax.random.randint(key, (batch, *shape), 0, 64)
-        if len(shape) == 1
-        else jax.random.normal(key, (batch, *shape))
-        for shape, key in zip(shapes, keys, strict=True)
-    ]
+
+    def drawn(shape: tuple[int, ...] | str, key: jax.Array) -> jax.Array:
+        if shape == TIME:
+            return jax.random.uniform(key, (batch,), maxval=1000)
+        if shape == LABEL:
+            return jax.random.randint(key, (batch,), 0, 64)
+        assert not isinstance(shape, str)
+        if len(shape) == 1:
+            return jax.random.randint(key, (batch, *shape), 0, 64)
+        return jax.random.normal(key, (batch, *shape))
+
+    return [drawn(shape, key) for shape, key in zip(shapes, keys, strict=True)]
 
 
 def compared(

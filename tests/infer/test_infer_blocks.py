@@ -544,3 +544,43 @@ def test_a_block_needs_numbers_elsewhere():
         ValueError, match=r"needs weight_curvature.* infer_spec measures"
     ):
         bmo.check_spec(chain, {"d": {"kernel": jnp.ones((6, 6))}})
+
+
+def test_a_block_of_an_nnx_model_that_reads_a_mask():
+    class Masked(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.embed = nnx.Embed(32, 8, rngs=rngs)
+            self.head = nnx.Linear(8, 3, rngs=rngs)
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return self.head(self.embed(tokens) * (tokens != 0)[..., None])
+
+    tokens = array(16, 6, dtype=jnp.int32)
+    with pytest.raises(ValueError, match=r"blocks=\[spec.Block\(None\)\]"):
+        infer_spec(Masked(nnx.Rngs(0)), tokens)
+    chain = infer_spec(Masked(nnx.Rngs(0)), tokens, blocks=[spec.Block(None)])
+    block: Any = chain.layers[1]
+    assert block.input_curvature == 1.0  # no token is padding
+
+
+def test_what_was_rounded_is_not_looked_up():
+    def binned(_: nn.Module, x: jax.Array) -> jax.Array:
+        places = (nn.sigmoid(nn.Dense(6, name="a")(x)) * 16).astype(jnp.int32)
+        return nn.Embed(16, 8, name="codes")(places)
+
+    with pytest.raises(ValueError, match="looks up what was rounded to integers"):
+        infer(binned)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        lambda x: jnp.exp(nn.Dense(1, name="a")(x)[..., 0]),
+        lambda x: nn.Dense(4, name="a")(x).sum(-1),
+        lambda x: jnp.square(nn.Dense(4, name="a")(x)).sum(-1),
+    ],
+    ids=["exp", "sum", "squares"],
+)
+def test_a_number_for_each_example_is_refused_with_what_follows(ends):
+    with pytest.raises(ValueError, match=r"infer_spec: .*they need no chain"):
+        infer_spec(Call(lambda _, x: ends(x)), array(4, 6))

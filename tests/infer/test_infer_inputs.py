@@ -132,3 +132,140 @@ def test_positions_that_are_rolled():
     model = Call(function)
     chain = infer_spec(model, array(4, 6, 8))
     assert worst(ratios(model, chain, array(4, 6, 8))) < 1.3
+
+
+class TimeBlock(nn.Module):
+    """A block of a diffusion model: a time that is added at all positions."""
+
+    @nn.compact
+    def __call__(self, x: Any, time: Any) -> Any:
+        h = nn.Conv(32, (3, 3), name="first")(nn.swish(x))
+        h = h + nn.Dense(32, name="time")(nn.swish(time))[:, None, None]
+        return x + nn.Conv(32, (3, 3), name="second")(nn.swish(nn.LayerNorm()(h)))
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_signal_that_is_the_same_at_all_positions_is_added(pooled):
+    def function(_: nn.Module, x: Any, time: Any) -> Any:
+        time = nn.Dense(64, name="embed")(time)
+        x = nn.Conv(32, (3, 3), name="stem")(x)
+        for index in range(2):
+            x = TimeBlock(name=f"block{index}")(x, time)
+        return nn.Dense(5, name="head")(x.mean((1, 2)) if pooled else x)
+
+    model, examples = Call(function), (array(2, 8, 8, 3), array(2, 16))
+    chain = infer_spec(model, *examples)
+    added = [spec.Recall((64,)), spec.Activation("silu"), spec.Dense("block0/time")]
+    added += [spec.Reshape((1, 1, 32)), spec.Resize((8, 8))]
+    assert repr(spec.Residual(added)) in repr(chain)
+    assert worst(ratios(model, chain, *examples, batch=128)) < 2
+
+
+def test_features_are_not_repeated():
+    def dueling(_: nn.Module, x: Any) -> Any:
+        return nn.Dense(1, name="value")(x) + nn.Dense(4, name="advantage")(x)
+
+    with pytest.raises(ValueError, match="add follows on a signal repeated along an"):
+        infer_spec(Call(dueling), array(2, 6))
+
+
+@pytest.mark.parametrize("order", ["label first", "label last"])
+def test_a_label_that_several_layers_read(order):
+    def function(_: nn.Module, x: Any, label: Any) -> Any:
+        label = nn.Embed(10, 64, name="embed")(label)
+        x = nn.Dense(64, name="x")(x)
+        x = x * nn.Dense(64, name="scale")(label) + nn.Dense(64, name="shift")(label)
+        return nn.Dense(5, name="head")(nn.relu(x))
+
+    examples: Any = (array(64, 32), LABELS)
+    model = Call(function)
+    if order == "label first":
+        model = Call(lambda module, label, x: function(module, x, label))
+        examples = examples[::-1]
+    chain = infer_spec(model, *examples)
+    assert chain.input_shape == ()
+    assert chain.layers[0] == spec.Embed("embed")
+    assert worst(ratios(model, chain, *examples, batch=256)) < 1.3
+
+
+def test_a_label_alone():
+    def function(_: nn.Module, label: Any) -> Any:
+        x = nn.relu(nn.Dense(64, name="fc")(nn.Embed(10, 64, name="embed")(label)))
+        return nn.Dense(5, name="head")(x)
+
+    model = Call(function)
+    chain = infer_spec(model, LABELS)
+    links = [spec.Embed("embed"), spec.Dense("fc"), spec.Activation("relu")]
+    assert chain == spec.LayerChain([*links, spec.Dense("head")], input_shape=())
+    assert worst(ratios(model, chain, LABELS, batch=512)) < 1.3
+
+
+def sines(time: Any) -> Any:
+    """Sines and cosines of a number for each example, as diffusion models have them."""
+    angles = time.astype(jnp.float32)[:, None] * 1e-4 ** (jnp.arange(32) / 32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32])
+@pytest.mark.parametrize("order", ["time first", "time last"])
+def test_features_made_of_a_time_count_as_the_input(order, dtype):
+    def function(_: nn.Module, x: Any, time: Any) -> Any:
+        h = nn.relu(nn.Dense(64, name="embed")(sines(time)))
+        h = nn.Dense(64, name="time")(h) + nn.Dense(64, name="x")(x)
+        return nn.Dense(5, name="head")(nn.relu(h))
+
+    examples, model = (array(4, 32), array(4, dtype=dtype)), Call(function)
+    if order == "time first":
+        model = Call(lambda module, time, x: function(module, x, time))
+        examples = examples[::-1]
+    chain = infer_spec(model, *examples)
+    links = [spec.Input((64,)), spec.Dense("embed"), spec.Activation("relu")]
+    assert chain.input_shape == (32,)
+    assert repr(links)[1:-1] in repr(chain)
+
+
+def test_features_made_of_a_time_alone():
+    def function(_: nn.Module, time: Any) -> Any:
+        return nn.Dense(5, name="head")(nn.relu(nn.Dense(8, name="a")(sines(time))))
+
+    links = [spec.Dense("a"), spec.Activation("relu"), spec.Dense("head")]
+    chain = spec.LayerChain(links, input_shape=(64,))
+    assert infer_spec(Call(function), array(4)) == chain
+    bare = Call(lambda _, time: nn.Dense(8, name="a")(time[:, None]))
+    expected = spec.LayerChain([spec.Dense("a")], input_shape=(1,))
+    assert infer_spec(bare, array(4)) == expected
+    with pytest.raises(ValueError, match=r"of shape \(4,\) has no batch dimension"):
+        infer_spec(Call(lambda _, time: nn.Dense(8, name="a")(time)), array(4))
+
+
+def test_two_labels():
+    def function(_: nn.Module, user: Any, item: Any) -> Any:
+        user, item = nn.Embed(9, 64, name="user")(user), nn.Embed(7, 64, name="i")(item)
+        return nn.Dense(5, name="head")(user * item)
+
+    model = Call(function)
+    chain = infer_spec(model, LABELS, LABELS)
+    assert chain.input_shape == ()
+    gate = spec.Gate([spec.Embed("user")], [spec.Input(()), spec.Embed("i")])
+    assert chain.layers[0] == gate
+
+
+def test_what_several_layers_read_may_be_made_of_two_inputs():
+    def function(_: nn.Module, x: Any, time: Any, label: Any) -> Any:
+        known = nn.Dense(64, name="time")(sines(time)) + nn.Embed(9, 64, name="y")(
+            label
+        )
+        x = nn.Dense(64, name="x")(x) + nn.Dense(64, name="first")(known)
+        x = nn.relu(x) + nn.Dense(64, name="second")(nn.relu(known))
+        return nn.Dense(5, name="head")(x)
+
+    model = Call(function)
+    chain = infer_spec(model, array(4, 32), array(4), array(4, dtype=jnp.int32))
+    known, memory = chain.layers
+    time = [spec.Input((64,)), spec.Dense("time")]
+    assert known == spec.Residual(time, [spec.Embed("y")])
+    assert repr(memory).count("spec.Recall((64,))") == 2
+    params = model.init(
+        jax.random.key(0), jnp.ones((4, 32)), jnp.ones(4), jnp.ones(4, int)
+    )["params"]
+    assert all(scale > 0 for scale in bmo.layer_scales(chain, params).values())

@@ -26,6 +26,11 @@ def embedding(node: Node) -> Step:
         if source.dominator is None or source.dominator.op == "inputs":
             break
         source = source.dominator
+    if source.op != "input" and not jnp.issubdtype(source.dtype, jnp.integer):
+        raise Unknown(
+            node,
+            f"{node.op} looks up what was rounded to integers, which has no derivative",
+        )
     whole = (len(source.shape), len(table.shape)) == (len(node.shape) - 1, 2)
     if rows != ((0,), (0,)) or not whole or source.shape != node.shape[:-1]:
         raise Unknown(

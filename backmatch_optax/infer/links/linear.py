@@ -120,13 +120,13 @@ def convolution(node: Node) -> Step:
     groups, dilation = options["feature_group_count"], options["rhs_dilation"]
     arguments = {"kernel_dilation": short(dilation)}
     taps = node.operands[1].shape[:-2]
-    window = Window(taps, strides, dilation, options["padding"], CONV_PADDINGS)
+    window = Window(taps, options["padding"], CONV_PADDINGS)
     if math.prod(spread) == 1:
         arguments |= {"strides": short(strides), "feature_group_count": groups}
         link = _spec.Conv(path, **arguments)
     elif math.prod(strides) == 1 and groups == 1:
         link = _spec.ConvTranspose(path, strides=short(spread), **arguments)
-        window = dataclasses.replace(window, spread=spread, takes_zeros=False)
+        window = dataclasses.replace(window, takes_zeros=False)
     else:
         raise Unknown(node, f"{path!r} is both a strided and a transposed convolution")
     return Step(node, node.operands[0], [link], window=window, opaque=True)

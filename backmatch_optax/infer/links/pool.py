@@ -26,7 +26,7 @@ def pool(node: Node) -> Step:
     if {*ends, *dilations} != {1} or outside != {(0, 0)}:
         raise Unknown(node, f"{node.op} with a window that is no pooling's")
     taps, strides, pairs = taps[1:-1], strides[1:-1], options["padding"][1:-1]
-    window = Window(taps, strides, (1,) * len(taps), pairs, POOL_PADDINGS)
+    window = Window(taps, pairs, POOL_PADDINGS)
     arguments: Any = {"strides": None if math.prod(strides) == 1 else short(strides)}
     if node.op == "reduce_window_max":
         # Zeros take no part in a maximum where nothing is below them.
@@ -60,10 +60,10 @@ def reduction(node: Node) -> Step:
         raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
     sizes = signal.shape[1:-1]
     taps = [size if axis + 1 in over else 1 for axis, size in enumerate(sizes)]
-    count, ones = math.prod(taps), (1,) * len(taps)
+    count = math.prod(taps)
     if node.op == "reduce_sum" and count == math.prod(sizes):
         return Step(node, signal, [_spec.GlobalAvgPool(), _spec.Scale(count)])
-    window = Window(taps, ones, ones, ((0, 0),) * len(taps), ("VALID",), (), False)
+    window = Window(taps, ((0, 0),) * len(taps), ("VALID",), False)
     links: list[_spec.Link] = [_spec.MaxPool(tuple(taps))]
     if node.op == "reduce_sum":
         links = [_spec.AvgPool(tuple(taps)), _spec.Scale(count)]

@@ -32,7 +32,7 @@ def part(node: Node) -> Step:
         strides = strides[1:-1]
         ones = (1,) * len(strides)
         pairs = ((0, 0),) * len(ones)
-        window = Window(ones, strides, ones, pairs, ("VALID",), (), False)
+        window = Window(ones, pairs, ("VALID",), False)
         link = _spec.AvgPool(ones, strides=short(strides))
         return Step(node, signal, [link], window=window)
     if len(cut) != 1:
