@@ -273,7 +273,7 @@ def _locate_links(
             shapes = {
                 role: jnp.shape(leaf)[len(stacked) :] for role, leaf in leaves.items()
             }
-            if arms:
+            if arms and (shape or all(arms.values())):
                 after = link.joined_shape(
                     {arm: s[-1].output_shape if s else shape for arm, s in arms.items()}
                 )

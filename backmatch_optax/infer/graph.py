@@ -356,12 +356,11 @@ def common_dominators(nodes: Sequence[Node]) -> Node:
     return functools.reduce(common_dominator, own or nodes)
 
 
-def memory(output: Node) -> Node | None:
-    """The output of an encoder, read at several places where other inputs flow.
+def memories(output: Node) -> Iterator[Node]:
+    """What may be an encoder's output, read at several places where other inputs flow.
 
-    Returns:
-      The last value that all ways of some inputs to those of others pass through, with
-      parameters below it and more than one use above; None where there is none.
+    Each is the last value that all ways of some inputs to those of others pass through,
+    with parameters below it and more than one use above.
     """
     order = _in_order(output)
     reached: dict[Node, frozenset[Node]] = {}
@@ -382,8 +381,7 @@ def memory(output: Node) -> Node | None:
         uses = [node for node in order if found in node.flow]
         learned = any(node.uses for node in above(found))
         if found.operands and len(uses) > 1 and learned:
-            return found
-    return None
+            yield found
 
 
 def kept_apart(output: Node, kept: Node) -> tuple[Node, Node]:

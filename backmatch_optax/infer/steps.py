@@ -55,7 +55,6 @@ def chain(
     Raises:
       Unknown: where something on the way is neither a link nor one of the blocks.
     """
-    kept = graph.memory(output)
     used: set[_spec.Block] = set()
 
     def along(end: Node, params_used: dict[str, Node]) -> Links:
@@ -76,12 +75,25 @@ def chain(
         used.update(cutter.blocks.used)
         return links
 
-    if kept is None:
-        links = along(output, {})
-    else:
+    def keeping(kept: Node | None) -> Links:
+        used.clear()
+        if kept is None:
+            return along(output, {})
         links = along(kept, {})
         above, given = graph.kept_apart(output, kept)
         links.keep(given, along(above, links.context.used))
+        return links
+
+    links = failure = None
+    for kept in [*graph.memories(output)] or [None]:
+        try:
+            links = keeping(kept)
+            break
+        except Unknown as unknown:
+            failure = failure or unknown
+    if links is None:
+        assert failure is not None
+        raise failure
     try:
         found = _spec.LayerChain(links.links, input_shape=links.start)
     except ValueError as error:
@@ -154,6 +166,9 @@ class _Cutter:
         if block is not None:
             yield _tried(lambda: self.blocks.step(node, start, block))
             return
+        begin = _begin(node, start)
+        if begin.op == "input" and _makes_features(node, begin):
+            yield Step(node, begin, begins=True, opaque=True)
         probabilities = attention.softmax(node)
         yield from () if probabilities is None else (probabilities,)
         if node.op in RULES:
@@ -174,10 +189,8 @@ class _Cutter:
         if node.op == "mul" and len(node.flow) == 2:
             yield _tried(lambda: self._gate(node))
         yield from late
-        begin = next(x for x in node.dominators() if x is start or x.op == "input")
-        if begin.op == "input" and (
-            _is_preparation(node, begin) or _makes_features(node, begin)
-        ):
+        begin = _begin(node, start)
+        if begin.op == "input" and _is_preparation(node, begin):
             yield Step(node, begin, begins=True)
         elif node.op in _SUMS and len(node.flow) == 1:
             found = positions(node)
@@ -208,7 +221,8 @@ class _Cutter:
                 "between, or with the same one, and how they correlate is not known",
             )
         if node.op == "sub":
-            step.arms[1].append(Step(node, node, [_spec.Scale(-1.0)], elementwise=True))
+            (_, end), minus = step.ends, [_spec.Scale(-1.0)]
+            step.arms[1].append(Step(end, end, minus, elementwise=True))
         return step
 
     def _gate(self, node: Node) -> Step:
@@ -312,12 +326,10 @@ def _mixes(steps: Sequence[Step]) -> bool:
 
 
 def _in_the_mean(steps: Sequence[Step]) -> list[Any]:
-    """The links of an arm without dropout, with those of arms inside of it."""
+    """The links of an arm, and of arms inside, but dropout, means and factors."""
+    left_out = _spec.Dropout | _spec.AvgPool | _spec.GlobalAvgPool | _spec.Scale
     links = [
-        link
-        for step in steps
-        for link in step.links
-        if not isinstance(link, _spec.Dropout) and link != _spec.Scale(1.0)
+        link for step in steps for link in step.links if not isinstance(link, left_out)
     ]
     return [*links, *(_in_the_mean(arm) for step in steps for arm in step.arms)]
 
@@ -376,6 +388,12 @@ def _is_preparation(node: Node, start: Node) -> bool:
             return False
         (node,) = node.flow
     return True
+
+
+def _begin(node: Node, start: Node) -> Node:
+    """Where the steps to a node begin: at an input, or what stands for one."""
+    ends = ("input", "memory")
+    return next(x for x in node.dominators() if x is start or x.op in ends)
 
 
 def _makes_features(node: Node, start: Node) -> bool:

@@ -130,5 +130,6 @@ def _check_ends(
                 f"LayerChain: all arms of {link} begin with an input of their own, so "
                 "that nothing reaches what is below"
             )
+        last = keeps and may_end and index + 1 == len(links)
         for arm in arms:
-            _check_ends(arm, may_begin=True, may_end=ends)
+            _check_ends(arm, may_begin=True, may_end=ends or last)

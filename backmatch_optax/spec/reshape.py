@@ -310,8 +310,8 @@ class Resize(Link):
         return here.moments.shrunk(self._squares(here) / here.positions_out)
 
     def m_z(self, here: Site) -> Positive:
-        if here.positions_in == 1:
-            return here.added(here.positions_out)
+        if self.method == "nearest" or here.positions_in == 1:
+            return here.added(here.positions_out / here.positions_in)
         return number(self._squares(here) / here.positions_in)
 
     def _squares(self, here: Site) -> float:

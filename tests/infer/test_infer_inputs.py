@@ -200,9 +200,13 @@ def test_a_label_alone():
     assert worst(ratios(model, chain, LABELS, batch=512)) < 1.3
 
 
+LABELS_OF_FOUR = array(4, dtype=jnp.int32)
+RATES = 1e-4 ** (np.arange(32) / 32)
+
+
 def sines(time: Any) -> Any:
     """Sines and cosines of a number for each example, as diffusion models have them."""
-    angles = time.astype(jnp.float32)[:, None] * 1e-4 ** (jnp.arange(32) / 32)
+    angles = time.astype(jnp.float32)[:, None] * RATES
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
@@ -269,3 +273,91 @@ def test_what_several_layers_read_may_be_made_of_two_inputs():
         jax.random.key(0), jnp.ones((4, 32)), jnp.ones(4), jnp.ones(4, int)
     )["params"]
     assert all(scale > 0 for scale in bmo.layer_scales(chain, params).values())
+
+
+@pytest.mark.parametrize("order", ["x + h", "h + x", "time + h"])
+def test_a_sum_may_be_written_in_any_order(order):
+    def function(_: nn.Module, x: Any, time: Any) -> Any:
+        time = nn.relu(nn.Dense(64, name="embed")(time))
+        x = nn.Conv(32, (3, 3), name="stem")(x)
+        for index in range(2):
+            h = nn.Conv(32, (3, 3), name=f"a{index}")(x)
+            added = nn.Dense(32, name=f"time{index}")(time)[:, None, None]
+            h = nn.relu(added + h if order == "time + h" else h + added)
+            h = nn.Conv(32, (3, 3), name=f"b{index}")(h)
+            x = h + x if order == "h + x" else x + h
+        return nn.Dense(5, name="head")(x)
+
+    model, examples = Call(function), (array(4, 8, 8, 3), array(4, 16))
+    chain = infer_spec(model, *examples)
+    assert chain.layers[0] == spec.Dense("embed")
+    assert worst(ratios(model, chain, *examples)) < 1.6
+
+
+def test_a_mean_of_rows_and_one_of_columns_are_added():
+    def function(_: nn.Module, x: Any) -> Any:
+        x = nn.relu(nn.Conv(32, (3, 3), name="a")(x))
+        rows = nn.Dense(32, name="rows")(x.mean(1, keepdims=True))
+        columns = nn.Dense(32, name="columns")(x.mean(2, keepdims=True))
+        return nn.Dense(5, name="head")(nn.relu(rows + columns).mean((1, 2)))
+
+    model = Call(function)
+    chain = infer_spec(model, array(4, 8, 8, 3))
+    assert worst(ratios(model, chain, array(4, 8, 8, 3), batch=128)) < 3
+
+
+def test_what_all_positions_have_in_common_is_taken_away():
+    def function(_: nn.Module, x: Any) -> Any:
+        mean = nn.Dense(64, name="mean")(x.mean(1, keepdims=True))
+        return nn.Dense(5, name="head")(nn.relu(nn.Dense(64, name="x")(x) - mean))
+
+    model = Call(function)
+    chain = infer_spec(model, array(4, 8, 16))
+    assert worst(ratios(model, chain, array(4, 8, 16))) < 1.5
+
+    def same(_: nn.Module, x: Any) -> Any:
+        layer = nn.Dense(8, name="a")
+        return nn.relu(layer(x) - layer(x).mean(1, keepdims=True))
+
+    with pytest.raises(ValueError, match="or with the same one"):
+        infer_spec(Call(same), array(4, 8, 16))
+
+
+def test_heads_of_what_several_inputs_are_made_into():
+    def function(_: nn.Module, x: Any, time: Any) -> Any:
+        time, x = nn.relu(nn.Dense(64, name="t")(time)), nn.Dense(64, name="x")(x)
+        return [
+            nn.Dense(5, name=f"head{index}")(
+                nn.relu(x + nn.Dense(64, name=f"t{index}")(time))
+            )
+            for index in range(2)
+        ]
+
+    model, examples = Call(function), (array(4, 16), array(4, 8))
+    chain = infer_spec(model, *examples)
+    assert "spec.Outputs" in repr(chain)
+    assert worst(ratios(model, chain, *examples)) < 1.5
+
+
+def test_the_sines_of_a_time_may_be_written_out():
+    def function(_: nn.Module, x: Any, time: Any) -> Any:
+        sine, cosine = jnp.sin(time[:, None] * RATES), jnp.cos(time[:, None] * RATES)
+        time = nn.Dense(64, name="t")(jnp.concatenate([sine, cosine], -1))
+        return nn.Dense(5, name="head")(nn.relu(nn.Dense(64, name="x")(x) + time))
+
+    chain = infer_spec(Call(function), array(4, 16), array(4))
+    arms = [spec.Input((64,)), spec.Dense("t")], [spec.Dense("x")]
+    assert chain.layers[0] == spec.Residual(*arms)
+
+
+def test_one_plus_what_a_label_says_is_refused_by_name():
+    def film(_: nn.Module, x: Any, label: Any) -> Any:
+        label = nn.Embed(9, 64, name="embed")(label)
+        x = nn.Dense(64, name="x")(x) * (1 + nn.Dense(64, name="scale")(label))
+        return nn.Dense(5, name="head")(x + nn.Dense(64, name="shift")(label))
+
+    with pytest.raises(ValueError, match=r"add ends .*\[spec.Block\(None\)\]"):
+        infer_spec(Call(film), array(4, 16), LABELS_OF_FOUR)
+    blocks = [spec.Block(None)]
+    chain = infer_spec(Call(film), array(4, 16), LABELS_OF_FOUR, blocks=blocks)
+    assert chain.layers[0] == spec.Embed("embed")
