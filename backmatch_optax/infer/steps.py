@@ -189,7 +189,6 @@ class _Cutter:
         if node.op == "mul" and len(node.flow) == 2:
             yield _tried(lambda: self._gate(node))
         yield from late
-        begin = _begin(node, start)
         if begin.op == "input" and _is_preparation(node, begin):
             yield Step(node, begin, begins=True)
         elif node.op in _SUMS and len(node.flow) == 1:

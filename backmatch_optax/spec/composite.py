@@ -23,7 +23,6 @@ from backmatch_optax.spec.link import (
     Site,
     check_path,
     checked_links,
-    checked_number,
     kind_of,
 )
 from backmatch_optax.spec.windows import checked_shape
@@ -87,8 +86,7 @@ class Block(Link):
             if callable(value) or (value is None and name != "forward_gain"):
                 continue
             wanted = "a positive, finite number or a function of the block's parameters"
-            fitting = checked_number(name, value, wanted, lambda v: 0 < v <= _LARGEST)
-            self._canonical(**{name: fitting})
+            self._canonical_number(name, wanted, lambda v: 0 < v <= _LARGEST)
         if self.output_shape is not None:
             self._canonical(
                 output_shape=checked_shape("output_shape", self.output_shape)
@@ -475,8 +473,7 @@ class Input(Beginning):
     def validate(self) -> None:
         super().validate()
         wanted = "a number of at least 0 and below 1"
-        common = checked_number("common", self.common, wanted, lambda n: 0.0 <= n < 1.0)
-        self._canonical(common=common)
+        self._canonical_number("common", wanted, lambda n: 0.0 <= n < 1.0)
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field or not self.common:

@@ -9,7 +9,7 @@ import math
 from backmatch_optax.activations import activation, after_activation, slope_in_common
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, number
-from backmatch_optax.spec.link import Elementwise, Link, Site, checked_number
+from backmatch_optax.spec.link import Elementwise, Link, Site
 
 ACTIVATIONS = (
     "celu",
@@ -115,8 +115,7 @@ class Dropout(Link):
 
     def validate(self) -> None:
         wanted = "a number in [0, 1)"
-        rate = checked_number("rate", self.rate, wanted, lambda r: 0.0 <= r < 1.0)
-        self._canonical(rate=rate)
+        self._canonical_number("rate", wanted, lambda r: 0.0 <= r < 1.0)
 
     def moments_after(self, here: Site) -> Moments:
         before = here.moments
@@ -162,11 +161,7 @@ class Scale(Link):
 
     def validate(self) -> None:
         wanted = "a finite number other than zero"
-        self._canonical(
-            factor=checked_number(
-                "factor", self.factor, wanted, lambda f: 0 < abs(f) < math.inf
-            )
-        )
+        self._canonical_number("factor", wanted, lambda f: 0 < abs(f) < math.inf)
 
     def elementwise(self, here: Site) -> Elementwise:
         del here

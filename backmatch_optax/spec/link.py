@@ -345,6 +345,13 @@ class Link:
         module = "spec." if ours else ""
         return f"{module}{name}({', '.join(arguments)})"
 
+    def _canonical_number(
+        self, name: str, wanted: str, fits: Callable[[float], bool]
+    ) -> None:
+        """Checks an argument that is a number, and keeps it as a float."""
+        number = checked_number(name, getattr(self, name), wanted, fits)
+        self._canonical(**{name: number})
+
     def _canonical(self, **fields: Any) -> None:
         """Writes normalised arguments into the frozen dataclass."""
         for name, value in fields.items():

@@ -20,7 +20,6 @@ from backmatch_optax.spec.link import (
     Site,
     check_path,
     check_vector,
-    checked_number,
 )
 
 
@@ -37,11 +36,7 @@ class _Normalisation(Link):
         if self.path is not None:
             check_path(self.path)
         wanted = "a finite number of at least 0"
-        self._canonical(
-            epsilon=checked_number(
-                "epsilon", self.epsilon, wanted, lambda e: 0.0 <= e < math.inf
-            )
-        )
+        self._canonical_number("epsilon", wanted, lambda e: 0.0 <= e < math.inf)
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
