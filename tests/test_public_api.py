@@ -74,6 +74,7 @@ LINKS = {
     "Residual": ["branch", "shortcut"],
     "Resize": ["shape"],
     "Scale": ["factor"],
+    "Shift": ["value"],
     "Slice": ["index"],
     "Softmax": [],
     "Tied": ["links"],

@@ -425,6 +425,10 @@ class Links:
         if isinstance(link, _spec.Scale):
             self._scale(link.factor, step)
             return
+        if isinstance(link, _spec.Shift):
+            if self.leading and not self.links:
+                return  # it prepares the input, too
+            self._check_mean(step)
         if isinstance(link, _spec.Block):
             self._add_block(link, step)
             return
@@ -484,6 +488,18 @@ class Links:
         if abs(factor - 1) > tolerance:
             # The shortest number that is the same in float32, as a person writes it.
             self._put(_spec.Scale(float(str(np.float32(factor)))), self.shape)
+
+    def _check_mean(self, step: Step) -> None:
+        """Refuses a signal with a mean whose sign is not known."""
+        moved = _spec.Reshape | _spec.Transpose | _spec.Resize | _spec.Scale
+        kept = [link for link in self.links if not isinstance(link, moved)]
+        centred = _spec.BatchNorm | _spec.LayerNorm | _spec.RMSNorm | _spec.GroupNorm
+        last = kept[-1] if kept else None
+        if not isinstance(last, centred) and "kernel" not in getattr(last, "roles", ()):
+            raise Unknown(
+                step.node,
+                f"{step.node.op} adds a constant to a signal with a mean of its own",
+            )
 
     def _pop_scale(self) -> float:
         last = self.links[-1] if self.links else None

@@ -32,7 +32,7 @@ from backmatch_optax.spec.composite import (
     Outputs,
     Residual,
 )
-from backmatch_optax.spec.elementwise import Activation, Dropout, Scale
+from backmatch_optax.spec.elementwise import Activation, Dropout, Scale, Shift
 from backmatch_optax.spec.embed import Embed, Tied, Unembed
 from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
 from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
@@ -83,6 +83,7 @@ __all__ = [
     "Residual",
     "Resize",
     "Scale",
+    "Shift",
     "Site",
     "Slice",
     "Softmax",

@@ -173,3 +173,50 @@ class Scale(Link):
     def m_z(self, here: Site) -> Positive:
         del here
         return number(abs(self.factor)) ** 2  # a log: 1e200 ** 2 is no float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Shift(Link):
+    """Addition of a constant: the `1 +` of `x * (1 + scale)`, as in FiLM and adaLN.
+
+    The gradient passes as it is, and the second moment grows:
+
+        m_z = 1,    q <- q + value^2
+
+    With mean-field gains the constant is a mean that all units have in common.
+
+    Args:
+      value: the constant, not zero.
+
+    Raises:
+      ValueError: where it is not a finite number other than zero.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> modulated = spec.Gate([], [spec.Dense("scale"), spec.Shift(1.0)])
+      >>> modulated.gate[1]
+      spec.Shift(1.0)
+    """
+
+    value: float
+
+    featurewise = True
+
+    def validate(self) -> None:
+        wanted = "a finite number other than zero"
+        self._canonical(
+            value=checked_number(
+                "value", self.value, wanted, lambda v: 0 < abs(v) < math.inf
+            )
+        )
+
+    def elementwise(self, here: Site) -> Elementwise:
+        del here
+        return lambda values: self.value + values
+
+    def moments_after(self, here: Site) -> Moments:
+        before, added = here.moments, number(abs(self.value)) ** 2
+        if not here.mean_field:
+            return Moments(before.variance + added)
+        offset = added if before.offset is None else before.offset + added
+        return Moments(before.variance, before.spread, offset, along=before.along)

@@ -350,14 +350,42 @@ def test_the_sines_of_a_time_may_be_written_out():
     assert chain.layers[0] == spec.Residual(*arms)
 
 
-def test_one_plus_what_a_label_says_is_refused_by_name():
+def test_one_plus_what_a_label_says():
     def film(_: nn.Module, x: Any, label: Any) -> Any:
-        label = nn.Embed(9, 64, name="embed")(label)
+        label = nn.Embed(10, 64, name="embed")(label)
         x = nn.Dense(64, name="x")(x) * (1 + nn.Dense(64, name="scale")(label))
-        return nn.Dense(5, name="head")(x + nn.Dense(64, name="shift")(label))
+        x = nn.relu(x + nn.Dense(64, name="shift")(label))
+        return nn.Dense(5, name="head")(x)
 
-    with pytest.raises(ValueError, match=r"add ends .*\[spec.Block\(None\)\]"):
-        infer_spec(Call(film), array(4, 16), LABELS_OF_FOUR)
-    blocks = [spec.Block(None)]
-    chain = infer_spec(Call(film), array(4, 16), LABELS_OF_FOUR, blocks=blocks)
-    assert chain.layers[0] == spec.Embed("embed")
+    model, examples = Call(film), (array(4, 16), LABELS_OF_FOUR)
+    chain = infer_spec(model, *examples)
+    gate = [spec.Recall((64,)), spec.Dense("scale"), spec.Shift(1.0)]
+    assert repr(spec.Gate([], gate)) in repr(chain)
+    assert worst(ratios(model, chain, *examples, batch=256)) < 1.4
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_transformer_that_a_time_modulates(pooled):
+    def function(_: nn.Module, x: Any, time: Any) -> Any:
+        time = nn.swish(nn.Dense(64, name="embed")(time))
+        x = nn.Dense(64, name="in")(x)
+        for index in range(2):
+            scale, shift, gate = (
+                nn.Dense(64, name=f"{name}{index}")(time)[:, None]
+                for name in ("scale", "shift", "gate")
+            )
+            norm = nn.LayerNorm(use_scale=False, use_bias=False)
+            h = nn.gelu(nn.Dense(128, name=f"up{index}")(norm(x) * (1 + scale) + shift))
+            x = x + nn.Dense(64, name=f"down{index}")(h) * gate
+        return nn.Dense(5, name="head")(x.mean(1) if pooled else x)
+
+    model, examples = Call(function), (array(4, 8, 16), array(4, 16))
+    chain = infer_spec(model, *examples)
+    assert worst(ratios(model, chain, *examples, batch=128)) < 2
+
+
+@pytest.mark.parametrize("before", [nn.relu, lambda x: 1 - nn.sigmoid(x)])
+def test_a_constant_is_not_added_to_a_mean(before):
+    model = Call(lambda _, x: before(nn.Dense(6, name="a")(x)) + 1.0)
+    with pytest.raises(ValueError, match="a constant to a signal with a mean"):
+        infer_spec(model, array(4, 6))

@@ -98,6 +98,10 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: spec.RMSNorm(epsilon=True),
         r"epsilon \(=True\) must be a finite number of at least 0",
     ),
+    "shift by nothing": (
+        lambda: spec.Shift(0),
+        r"Shift\(0\).*value \(=0\) must be a finite number other than zero",
+    ),
     "factor as truth value": (lambda: spec.Scale(True), r"factor \(=True\) must be a"),
     "zero groups": (
         lambda: spec.Conv("conv", feature_group_count=0),

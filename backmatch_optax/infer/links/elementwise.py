@@ -35,6 +35,23 @@ def scaling(piece: Piece, node: Node, source: Node) -> Step | None:
 
 
 @rule()
+def shift(piece: Piece, node: Node, source: Node) -> Step | None:
+    """`Shift`: a constant added, perhaps to a multiple."""
+    if not _is_plain(piece) or not np.isfinite(piece.values).all():
+        return None
+    (zero, one), signal = piece.values.ravel()[:2], SIGNAL.ravel()[:2]
+    factor = float(f"{(one - zero) / (signal[1] - signal[0]):.6g}")
+    added = piece.values - factor * SIGNAL
+    if not np.ptp(added) <= 1e-5:
+        return None
+    value = float(f"{np.median(added):.6g}")
+    if not factor or not value:
+        return None
+    links = [_spec.Scale(factor)] * (factor != 1) + [_spec.Shift(value)]
+    return Step(node, source, links, elementwise=True, late=True)
+
+
+@rule()
 def activation(piece: Piece, node: Node, source: Node) -> Step | None:
     """`Activation`: one of the functions that it knows."""
     if not _is_plain(piece) or not jnp.issubdtype(node.dtype, jnp.floating):
