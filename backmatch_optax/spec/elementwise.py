@@ -204,11 +204,7 @@ class Shift(Link):
 
     def validate(self) -> None:
         wanted = "a finite number other than zero"
-        self._canonical(
-            value=checked_number(
-                "value", self.value, wanted, lambda v: 0 < abs(v) < math.inf
-            )
-        )
+        self._canonical_number("value", wanted, lambda v: 0 < abs(v) < math.inf)
 
     def elementwise(self, here: Site) -> Elementwise:
         del here
