@@ -56,12 +56,14 @@ class Context:
       measure: fills in the numbers that a block lacks.
       main: the input that is the chain's own.
       used: by path, the node that uses a parameter.
+      kept: by name, the links that lead to what a `Memory` keeps.
     """
 
     params: Mapping[str, Shape]
     measure: Measure
     main: Node
     used: dict[str, Node] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, Sequence[_spec.Link]] = dataclasses.field(default_factory=dict)
 
 
 class Links:
@@ -106,6 +108,8 @@ class Links:
                     raise Unknown(node, f"{node.op} makes features of the first input")
                 self.start = self.shape = node.shape[1:]
                 self.axes = self._plain()
+                for link in step.links:
+                    self._put(link, self.shape)
             return
         if self.padding and step.window is None and not step.padding:
             found = "several signals" if step.ends else "no convolution"
@@ -158,7 +162,7 @@ class Links:
         """
         self.become(node.shape[1:], node)
         inside = [_spec.Input(links.start), *links.links]
-        self._put(_spec.Memory(inside), links.shape)
+        self._put(_spec.Memory(inside, node.path), links.shape)
 
     # --- Shapes ------------------------------------------------------------------
 
@@ -468,15 +472,17 @@ class Links:
     def _is_used(self, path: str, step: Step) -> bool:
         """Whether a parameter is used a second time."""
         used = self.context.used
-        if step.again:
-            return True
-        if used.get(path) is step.node:
+        if path not in used:
+            used[path] = step.node
+            return step.again
+        # Of what is recalled, each use begins with all that leads to it.
+        if used[path] is step.node and not (step.again or step.node.recalls):
             raise Unknown(
                 step.node,
                 f"what {path!r} puts out goes several ways, which are no arms side by "
                 "side that meet again",
             )
-        return used.setdefault(path, step.node) is not step.node
+        return True
 
     def _scale(self, factor: float, step: Step) -> None:
         """Adds a factor to the one that is there; none at all is left out."""
@@ -491,15 +497,29 @@ class Links:
 
     def _check_mean(self, step: Step) -> None:
         """Refuses a signal with a mean whose sign is not known."""
-        moved = _spec.Reshape | _spec.Transpose | _spec.Resize | _spec.Scale
-        kept = [link for link in self.links if not isinstance(link, moved)]
         centred = _spec.BatchNorm | _spec.LayerNorm | _spec.RMSNorm | _spec.GroupNorm
-        last = kept[-1] if kept else None
-        if not isinstance(last, centred) and "kernel" not in getattr(last, "roles", ()):
+        last = self._maker(self.links)
+        learned = {"kernel", "embedding"} & {*getattr(last, "roles", ())}
+        if not isinstance(last, centred) and not learned:
             raise Unknown(
                 step.node,
                 f"{step.node.op} adds a constant to a signal with a mean of its own",
             )
+
+    def _maker(self, links: Sequence[_spec.Link]) -> _spec.Link | None:
+        """The last link that does more than move or multiply entries."""
+        moves = (
+            _spec.Reshape | _spec.Transpose | _spec.Resize | _spec.Scale | _spec.Slice
+        )
+        for link in reversed(links):
+            match link:
+                case _spec.Recall():
+                    return self._maker(self.context.kept[link.name])
+                case _spec.Tied():
+                    return self._maker(link.links)
+                case _ if not isinstance(link, moves):
+                    return link
+        return None
 
     def _pop_scale(self) -> float:
         last = self.links[-1] if self.links else None
@@ -604,6 +624,8 @@ class Links:
         if begin.op == "memory":
             shape, axes = begin.shape[1:], None
         side = Links(self.context, shape, axes, leading=leading, fixed=not other)
+        if begin.op == "memory":
+            side._put(_spec.Recall(shape, begin.path), shape)
         for inner in arm:
             side.add(inner)
         if side.padding:
@@ -612,9 +634,6 @@ class Links:
         if other:
             side.links.insert(0, _spec.Input(side.start))
             side.shapes.insert(0, side.start)
-        if begin.op == "memory":
-            side.links.insert(0, _spec.Recall(begin.shape[1:]))
-            side.shapes.insert(0, begin.shape[1:])
         return side
 
     def _repeat_to(self, shape: Shape, node: Node) -> None:

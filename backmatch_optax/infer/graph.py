@@ -43,7 +43,8 @@ class Node:
         mask, through which no signal flows.
       scope: the name stack it was traced under.
       source: the line of code it comes from.
-      path: of a leaf, its path among the parameters or other variables.
+      path: of a leaf, its path among the parameters or other variables; of a value
+        that is kept, its name.
       value: of a constant, its value if that is the same everywhere.
       array: of a constant, all of it.
       uses: the paths of the parameters that it is computed from. A value that depends
@@ -396,7 +397,9 @@ def kept_apart(output: Node, kept: Node) -> tuple[Node, Node]:
       besides others is dominated by those.
     """
     *_, everything = kept.dominators()
-    given = dataclasses.replace(kept, op="memory", operands=(), parts=(), eqn=None)
+    given = dataclasses.replace(
+        kept, op="memory", operands=(), parts=(), eqn=None, path=""
+    )
     given.recalls, given.dominator, given.depth = True, everything, 1
     copies = {kept: given}
     for node in _in_order(output):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import graph, layout, pieces
@@ -30,7 +31,7 @@ from backmatch_optax.infer.step import (
     Unknown,
     description,
 )
-from backmatch_optax.spec.link import Shape
+from backmatch_optax.spec.link import Shape, with_paths
 
 _SUMS = ("add", "add_any", "sub")
 
@@ -57,11 +58,11 @@ def chain(
     """
     used: set[_spec.Block] = set()
 
-    def along(end: Node, params_used: dict[str, Node]) -> Links:
+    def along(end: Node, before: Context) -> Links:
         start, main = _beginning(end)
         cutter = _Cutter(Blocks(blocks, end, params))
         while True:
-            given = Context(params, measure, main, dict(params_used))
+            given = dataclasses.replace(before, main=main, used={**before.used})
             links = Links(given, main.shape[1:], leading=True)
             cutter.blocks.used.clear()
             try:
@@ -75,25 +76,30 @@ def chain(
         used.update(cutter.blocks.used)
         return links
 
-    def keeping(kept: Node | None) -> Links:
-        used.clear()
-        if kept is None:
-            return along(output, {})
-        links = along(kept, {})
-        above, given = graph.kept_apart(output, kept)
-        links.keep(given, along(above, links.context.used))
-        return links
-
-    links = failure = None
-    for kept in [*graph.memories(output)] or [None]:
+    def keeping(end: Node, before: Context) -> Links:
+        """The links to an end, with one `Memory` in another where several are kept."""
+        failure, taken = None, {*used}
+        for node in graph.memories(end):
+            try:
+                links = along(node, before)
+                above, given = graph.kept_apart(end, node)
+                if before.kept:  # named after the layer that makes it
+                    paths = [link.path for link in with_paths(links.links) if link.path]
+                    given.path = (paths or [f"memory {len(before.kept)}"])[-1]
+                kept = {**before.kept, given.path: links.links}
+                inside = keeping(above, dataclasses.replace(links.context, kept=kept))
+                links.keep(given, inside)
+                return links
+            except Unknown as unknown:
+                failure = failure or unknown
+                used.clear()
+                used.update(taken)
         try:
-            links = keeping(kept)
-            break
+            return along(end, before)
         except Unknown as unknown:
-            failure = failure or unknown
-    if links is None:
-        assert failure is not None
-        raise failure
+            raise failure or unknown from None
+
+    links = keeping(output, Context(params, measure, output))
     try:
         found = _spec.LayerChain(links.links, input_shape=links.start)
     except ValueError as error:
@@ -168,7 +174,9 @@ class _Cutter:
             return
         begin = _begin(node, start)
         if begin.op == "input" and _makes_features(node, begin):
-            yield Step(node, begin, begins=True, opaque=True)
+            size = _size_of_features(node, begin)
+            links = [_spec.Scale(size)] * (size != 1)
+            yield Step(node, begin, links, begins=True, opaque=True)
         probabilities = attention.softmax(node)
         yield from () if probabilities is None else (probabilities,)
         if node.op in RULES:
@@ -338,6 +346,9 @@ def _unrelated(step: Step) -> bool:
     if any(map(_mixes, step.arms)):
         first, second = map(_in_the_mean, step.arms)
         return first != second
+    one, other = step.ends
+    if one.recalls != other.recalls:  # what is recalled was made of other inputs
+        return True
     one, other = ({*graph.inputs(end)} for end in step.ends)
     return step.source.op == "inputs" and not one & other
 
@@ -410,6 +421,22 @@ def _makes_features(node: Node, start: Node) -> bool:
             for found in graph.above(node, until=start)
         )
     )
+
+
+def _size_of_features(node: Node, start: Node) -> float:
+    """The root mean square of features made of a number; 1 where it is not known.
+
+    It is known where it is the same whatever the number: of sines and cosines, whose
+    squares add up to 1.
+    """
+    rng = np.random.default_rng(0)
+    found = []
+    for reach in (1.0, 30.0, 1e3):
+        numbers = jnp.asarray(rng.uniform(0, reach, start.shape), start.dtype)
+        (features,) = graph.run([node], {start: numbers})
+        found.append(float(np.sqrt(np.mean(np.square(features, dtype=np.float64)))))
+    same = np.isfinite(found).all() and np.ptp(found) <= 0.01 * min(found)
+    return float(f"{np.median(found):.2g}") if same and min(found) else 1.0
 
 
 def _reason(node: Node) -> str:

@@ -82,7 +82,8 @@ class LayerChain:
         _check_ends(self.layers)
         for recall in recalls(self.layers):
             raise ValueError(
-                f"LayerChain: {recall} is inside no spec.Memory, so that there is "
+                f"LayerChain: {recall} is inside no spec.Memory"
+                f"{f' of {recall.name!r}' if recall.name else ''}, so that there is "
                 "nothing to recall"
             )
         for block in filter(lambda link: link.owns_subtree, owners.values()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from backmatch_optax.moments import Moments
@@ -24,12 +24,15 @@ class Memory(Link):
         m = sum over all Recalls of m at the Recall
 
     Args:
-      links: the links from here on. They begin with the `Input` of the decoder; without
-        one, they go on from the signal itself, whose `m` is one more of the sum.
+      links: the links from here on. They begin with the `Input` of the decoder, or with
+        a `Recall` of another `Memory` around it; without either, they go on from the
+        signal itself, whose `m` is one more of the sum.
+      name: by which a `Recall` inside knows it, where there are several, such as a time
+        and a text.
 
     Raises:
-      ValueError: where an entry is not a link, none of them is a `Recall`, or (at
-        `init`) a `Recall` has another shape than the signal.
+      ValueError: where an entry is not a link, none of them is a `Recall` of its name,
+        or (at `init`) a `Recall` has another shape than the signal.
 
     Examples:
       >>> from backmatch_optax import spec
@@ -55,13 +58,15 @@ class Memory(Link):
     """
 
     links: Sequence[Link]
+    name: str = ""
 
     featurewise = True  # as far as its links do
 
     def validate(self) -> None:
         self._canonical(links=checked_links("links", self.links))
-        if not any(recalls(self.links)):
-            raise ValueError("none of its links is a spec.Recall")
+        if not any(recall.name == self.name for recall in recalls(self.links)):
+            named = f" of {self.name!r}" if self.name else ""
+            raise ValueError(f"none of its links is a spec.Recall{named}")
 
     @property
     def arms(self) -> Mapping[str, Sequence[Link]]:
@@ -73,7 +78,9 @@ class Memory(Link):
     def bind(self, here: Site, inside: Sequence[Site]) -> None:
         """Tells each `Recall` inside what it recalls; raises where it does not fit."""
         for site in inside:
-            if not isinstance(site.link, Recall) or site.memory is not None:
+            if not isinstance(site.link, Recall) or site.link.name != self.name:
+                continue
+            if site.memory is not None:
                 continue  # that of a Memory further in
             if site.output_shape != here.input_shape:
                 raise ValueError(
@@ -86,14 +93,15 @@ class Memory(Link):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Recall(Beginning):
-    """What the nearest `Memory` around it keeps, at the start of an arm.
+    """What the nearest `Memory` of its name around it keeps, at the start of an arm.
 
     Args:
       shape: of one signal without the batch dimension.
+      name: that of the `Memory`.
 
     Raises:
       ValueError: where `shape` is not a sequence of positive ints; or (in `LayerChain`)
-        it is not the first link of an arm, or not inside a `Memory`.
+        it is not the first link of an arm, or not inside such a `Memory`.
 
     Examples:
       >>> from backmatch_optax import spec
@@ -101,15 +109,23 @@ class Recall(Beginning):
       spec.Attention('cross', memory=spec.Recall((9, 16)))
     """
 
+    name: str = ""
+
     def moments_after(self, here: Site) -> Moments:
         memory: Any = here.memory
         return memory.moments
 
 
-def recalls(links: Sequence[Link]) -> Iterator[Recall]:
-    """Those among links, but for what belongs to a `Memory` inside."""
+def recalls(links: Sequence[Link], kept: Collection[str] = ()) -> Iterator[Recall]:
+    """Those among links, but for what belongs to a `Memory` inside.
+
+    Args:
+      links: the links.
+      kept: the names of what is kept around them.
+    """
     for link in links:
-        if isinstance(link, Recall):
+        if isinstance(link, Recall) and link.name not in kept:
             yield link
-        for arm in () if isinstance(link, Memory) else link.arms.values():
-            yield from recalls(arm)
+        inside = {*kept, link.name} if isinstance(link, Memory) else kept
+        for arm in link.arms.values():
+            yield from recalls(arm, inside)

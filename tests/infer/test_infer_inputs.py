@@ -202,6 +202,7 @@ def test_a_label_alone():
 
 LABELS_OF_FOUR = array(4, dtype=jnp.int32)
 RATES = 1e-4 ** (np.arange(32) / 32)
+SINES = spec.Scale(0.71)  # the mean of their squares is 1/2
 
 
 def sines(time: Any) -> Any:
@@ -223,7 +224,7 @@ def test_features_made_of_a_time_count_as_the_input(order, dtype):
         model = Call(lambda module, time, x: function(module, x, time))
         examples = examples[::-1]
     chain = infer_spec(model, *examples)
-    links = [spec.Input((64,)), spec.Dense("embed"), spec.Activation("relu")]
+    links = [spec.Input((64,)), SINES, spec.Dense("embed"), spec.Activation("relu")]
     assert chain.input_shape == (32,)
     assert repr(links)[1:-1] in repr(chain)
 
@@ -232,7 +233,7 @@ def test_features_made_of_a_time_alone():
     def function(_: nn.Module, time: Any) -> Any:
         return nn.Dense(5, name="head")(nn.relu(nn.Dense(8, name="a")(sines(time))))
 
-    links = [spec.Dense("a"), spec.Activation("relu"), spec.Dense("head")]
+    links = [SINES, spec.Dense("a"), spec.Activation("relu"), spec.Dense("head")]
     chain = spec.LayerChain(links, input_shape=(64,))
     assert infer_spec(Call(function), array(4)) == chain
     bare = Call(lambda _, time: nn.Dense(8, name="a")(time[:, None]))
@@ -240,6 +241,21 @@ def test_features_made_of_a_time_alone():
     assert infer_spec(bare, array(4)) == expected
     with pytest.raises(ValueError, match=r"of shape \(4,\) has no batch dimension"):
         infer_spec(Call(lambda _, time: nn.Dense(8, name="a")(time)), array(4))
+
+
+@pytest.mark.parametrize(
+    ("features", "links"),
+    [
+        (lambda t: 2**0.5 * jnp.cos(t[:, None] * RATES), []),  # small for large times
+        (lambda t: jnp.stack([t, t**2], -1), []),
+        (lambda t: jnp.where(t[:, None] > 9, sines(t), 0.5), []),
+        (lambda t: sines(t) * 4, [spec.Scale(2.8)]),
+        (lambda t: sines(t) * 2**0.5, []),
+    ],
+)
+def test_features_of_a_time_have_a_size_where_it_is_always_the_same(features, links):
+    model = Call(lambda _, time: nn.Dense(8, name="a")(features(time)))
+    assert infer_spec(model, array(4)).layers == (*links, spec.Dense("a"))
 
 
 def test_two_labels():
@@ -266,7 +282,7 @@ def test_what_several_layers_read_may_be_made_of_two_inputs():
     model = Call(function)
     chain = infer_spec(model, array(4, 32), array(4), array(4, dtype=jnp.int32))
     known, memory = chain.layers
-    time = [spec.Input((64,)), spec.Dense("time")]
+    time = [spec.Input((64,)), SINES, spec.Dense("time")]
     assert known == spec.Residual(time, [spec.Embed("y")])
     assert repr(memory).count("spec.Recall((64,))") == 2
     params = model.init(
@@ -346,7 +362,7 @@ def test_the_sines_of_a_time_may_be_written_out():
         return nn.Dense(5, name="head")(nn.relu(nn.Dense(64, name="x")(x) + time))
 
     chain = infer_spec(Call(function), array(4, 16), array(4))
-    arms = [spec.Input((64,)), spec.Dense("t")], [spec.Dense("x")]
+    arms = [spec.Input((64,)), SINES, spec.Dense("t")], [spec.Dense("x")]
     assert chain.layers[0] == spec.Residual(*arms)
 
 

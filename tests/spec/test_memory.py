@@ -66,6 +66,45 @@ def test_a_memory_is_what_a_chain_with_the_encoder_twice_declares(gains):
     assert one == pytest.approx(other, rel=1e-5)
 
 
+class Two(nn.Module):
+    """Two signals are kept, and each is read twice."""
+
+    @nn.compact
+    def __call__(self, x, y, z):
+        x, y = nn.Dense(16, name="x")(x), nn.Dense(16, name="y")(y)
+        y = y + nn.Dense(16, name="xy")(x)
+        z = nn.Dense(16, name="z")(z)
+        z = z + nn.Dense(16, name="xz")(x) + nn.Dense(16, name="yz")(y)
+        return nn.Dense(3, name="head")(z) + nn.Dense(3, name="last")(y)
+
+
+def test_memories_have_names():
+    x, y = spec.Recall((5, 16), "x"), spec.Recall((5, 16))
+    inner = [
+        spec.Input((5, 12)),
+        spec.Dense("z"),
+        spec.Residual([x, spec.Dense("xz")]),
+        spec.Residual([y, spec.Dense("yz")]),
+        spec.Residual([spec.Dense("head")], [y, spec.Dense("last")]),
+    ]
+    outer = [
+        spec.Input((5, 4)),
+        spec.Dense("y"),
+        spec.Residual([x, spec.Dense("xy")]),
+        spec.Memory(inner),
+    ]
+    links = [spec.Dense("x"), spec.Memory(outer, "x")]
+
+    def drawn(key: jax.Array) -> tuple[jax.Array, ...]:
+        last, key = jax.random.split(key)
+        one, two = draw(key)
+        return one, jax.random.normal(last, (5, 4)), two
+
+    for path, ratio in agreement(Two(), links, drawn).items():
+        assert 0.85 < ratio < 1.15, (path, ratio)
+    assert eval(repr(links[1])) == links[1]
+
+
 class Across(nn.Module):
     """Two layers that attend to one encoder's output."""
 
@@ -103,6 +142,14 @@ def test_layers_that_attend_to_one_encoder():
         (
             lambda: [spec.Memory([spec.Dense("d")])],
             "none of its links is a spec.Recall",
+        ),
+        (
+            lambda: [spec.Memory([spec.Residual([RECALL])], "text")],
+            "none of its links is a spec.Recall of 'text'",
+        ),
+        (
+            lambda: [spec.Residual([spec.Recall((5, 8), "text"), spec.Dense("d")])],
+            r"Recall\(\(5, 8\), 'text'\) is inside no spec.Memory of 'text'",
         ),
         (
             lambda: [spec.Residual([RECALL, spec.Dense("d")])],
