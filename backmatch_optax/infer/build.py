@@ -353,12 +353,12 @@ class Links:
         self, step: Step, axis: int, place: int, size: int, method: str
     ) -> None:
         """One axis of positions interpolated to another size, and put in a place."""
+        if self.axes[axis] not in self._plain()[1:]:  # a part of an axis, or several
+            self.become(step.source.shape[1:], step.node)
         found, last = self.axes[axis], len(self.shape)
-        if len(found) != 1 or not 0 < found[0][0] < last or found[0][1] != 1:
+        if len(found) != 1 or not 0 < found[0][0] < last:
             raise Unknown(step.node, f"{step.node.op} resizes what is no position")
-        ((on, _, before),) = found
-        if before != self.shape[on - 1]:
-            raise Unknown(step.node, f"{step.node.op} resizes a part of an axis")
+        ((on, _, _),) = found
         after = (*self.shape[: on - 1], size, *self.shape[on:])
         previous = self.links[-1] if self.links else None
         if isinstance(previous, _spec.Resize) and previous.method == method:

@@ -402,8 +402,10 @@ def _is_preparation(node: Node, start: Node) -> bool:
 
 def _begin(node: Node, start: Node) -> Node:
     """Where the steps to a node begin: at an input, or what stands for one."""
-    ends = ("input", "memory")
-    return next(x for x in node.dominators() if x is start or x.op in ends)
+    for found in node.dominators():
+        if found is start or found.op in ("input", "memory"):
+            return found
+    raise Unknown(node, f"{node.op} does not come from what it is joined to")
 
 
 def _makes_features(node: Node, start: Node) -> bool:

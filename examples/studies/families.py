@@ -81,9 +81,7 @@ class Diffusion(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array, label: jax.Array) -> jax.Array:
         """What it makes of a batch."""
-        angles = time[:, None] * 1e-4 ** (jnp.arange(32) / 32)
-        known = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
-        known = nn.Dense(64)(nn.swish(nn.Dense(64)(known))) + nn.Embed(64, 64)(label)
+        known = embedded(time) + nn.Embed(64, 64)(label)
         a = self.block(nn.Conv(24, (3, 3))(x), known)
         b = self.block(nn.Conv(48, (3, 3), strides=2)(a), known)
         b = self.block(b, known)
@@ -98,6 +96,62 @@ class Diffusion(nn.Module):
         h = nn.Conv(features, (3, 3))(nn.swish(nn.GroupNorm(2)(x)))
         h = h + nn.Dense(features)(nn.swish(known))[:, None, None]
         return x + nn.Conv(features, (3, 3))(nn.swish(nn.GroupNorm(2)(h)))
+
+
+class TextToImage(Diffusion):
+    """One that attends to a text, Rombach et al. (2022)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        known = embedded(time)
+        text = nn.Embed(64, 32)(text)
+        text = text + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(text))
+        text = nn.LayerNorm()(text + nn.Dense(32)(nn.gelu(nn.Dense(128)(text))))
+        a = self.attend(self.block(nn.Conv(24, (3, 3))(x), known), text)
+        b = self.block(nn.Conv(48, (3, 3), strides=2)(a), known)
+        b = self.attend(b, text)
+        shape = (x.shape[0], x.shape[1], x.shape[2], 48)
+        b = nn.Conv(24, (3, 3))(jax.image.resize(b, shape, "nearest"))
+        a = self.block(nn.Conv(24, (1, 1))(jnp.concatenate([a, b], -1)), known)
+        return nn.Conv(3, (3, 3))(nn.swish(nn.GroupNorm(2)(self.attend(a, text))))
+
+    def attend(self, x: jax.Array, text: jax.Array) -> jax.Array:
+        """Each position attends to the text."""
+        h = x.reshape(x.shape[0], -1, x.shape[-1])
+        h = h + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(h), text)
+        inner = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(h)))
+        return (h + nn.Dense(x.shape[-1])(inner)).reshape(x.shape)
+
+
+class DiffusionTransformer(nn.Module):
+    """Norms and branches modulated by a time and a class, Peebles and Xie (2023)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array, label: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        known = nn.swish(embedded(time) + nn.Embed(64, 64)(label))
+        x = nn.Conv(32, (4, 4), (4, 4))(x).reshape((x.shape[0], -1, 32))
+        x = x + self.param("positions", nn.initializers.normal(1), x.shape[1:])
+        for _ in range(2):
+            parts = jnp.split(nn.Dense(6 * 32)(known)[:, None], 6, -1)
+            y = self.modulated(x, parts[0], parts[1])
+            x = x + parts[2] * nn.MultiHeadDotProductAttention(2)(y)
+            y = nn.gelu(nn.Dense(128)(self.modulated(x, parts[3], parts[4])))
+            x = x + parts[5] * nn.Dense(32)(y)
+        shift, scale = jnp.split(nn.Dense(2 * 32)(known)[:, None], 2, -1)
+        return nn.Dense(48)(self.modulated(x, shift, scale))
+
+    def modulated(self, x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+        """The signal, normalised, then scaled and shifted alike at all positions."""
+        return nn.LayerNorm(use_scale=False, use_bias=False)(x) * (1 + scale) + shift
+
+
+def embedded(time: jax.Array) -> jax.Array:
+    """Features of a time, as diffusion models have them; inside a module."""
+    angles = time[:, None] * 1e-4 ** (jnp.arange(32) / 32)
+    waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return nn.Dense(64)(nn.swish(nn.Dense(64)(waves)))
 
 
 class MobileNet(nn.Module):

@@ -39,6 +39,12 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
         "Linen",
         (IMAGES, TIME, LABEL),
     ),
+    "diffusion, time and text": (
+        families.TextToImage(),
+        "Linen",
+        (IMAGES, TIME, TOKENS),
+    ),
+    "DiT": (families.DiffusionTransformer(), "Linen", (IMAGES, TIME, LABEL)),
     "MobileNetV3": (
         families.MobileNet(nn.hard_swish, nn.hard_sigmoid),
         "Linen",

@@ -104,26 +104,31 @@ def test_a_time_and_a_class_that_every_block_reads_by_kernels_of_their_own():
     assert worst(ratios(model, chain, *examples, batch=128)) < 2
 
 
-def test_a_unet_with_a_time_and_a_text_that_it_attends_to():
-    def attend(x: Any, name: str, text: Any) -> Any:
-        flat = x.reshape(len(x), -1, 16)
-        attention = nn.MultiHeadDotProductAttention(2, name=f"{name}attention")
-        flat = flat + attention(nn.LayerNorm()(flat), text)
-        return flat.reshape(x.shape)
+def attend(x: Any, name: str, text: Any) -> Any:
+    flat = x.reshape(len(x), -1, 16)
+    attention = nn.MultiHeadDotProductAttention(2, name=f"{name}attention")
+    return (flat + attention(nn.LayerNorm()(flat), text)).reshape(x.shape)
 
+
+def text_to_image(known: bool = True) -> nn.Module:
     def unet(_: nn.Module, x: Any, time: Any, text: Any) -> Any:
         time = nn.Dense(32, name="t")(time)
         text = nn.LayerNorm()(nn.Dense(24, name="text")(text))
         x = nn.Conv(16, (3, 3), name="in")(x)
-        for name in "pq":
-            x = attend(block(x, name, time), name, text)
-        return nn.Conv(4, (3, 3), name="out")(x)
+        x = attend(block(x, "p", time), "p", text)
+        x = jax.image.resize(x, (len(x), 16, 16, 16), "nearest")
+        x = attend(block(x, "q", time), "q", text)
+        return nn.Conv(4, (3, 3), name="out")(x if known else jnp.sort(x, -1))
 
-    model, examples = Call(unet), (IMAGES, TIMES, TEXTS)
+    return Call(unet)
+
+
+def test_a_unet_with_a_time_and_a_text_that_it_attends_to():
+    model, examples = text_to_image(), (IMAGES, TIMES, TEXTS)
     chain = infer_spec(model, *examples)
     recalls = {spec.Recall((7, 24)): 2, spec.Recall((32,), "t"): 2}
     assert {r: repr(chain).count(repr(r)) for r in recalls} == recalls
-    assert worst(ratios(model, chain, *examples, batch=128)) < 2
+    assert worst(ratios(model, chain, *examples, batch=128)) < 2.5
 
 
 @pytest.mark.parametrize("generator", ["kernel", "table"])
@@ -146,13 +151,5 @@ def test_one_layer_that_modulates_all_blocks(generator):
 
 
 def test_what_is_unknown_is_named_where_several_signals_are_kept():
-    def unet(_: nn.Module, x: Any, time: Any, label: Any) -> Any:
-        time = nn.Dense(32, name="t")(time)
-        label = nn.Embed(10, 32, name="y")(label)
-        x = nn.Conv(16, (3, 3), name="in")(x)
-        for name in "pq":
-            x = block(x, name, time, label)
-        return nn.Conv(4, (3, 3), name="out")(jnp.sort(x, -1))
-
     with pytest.raises(ValueError, match="sort is an order by value"):
-        infer_spec(Call(unet), IMAGES, TIMES, LABELS)
+        infer_spec(text_to_image(known=False), IMAGES, TIMES, TEXTS)
