@@ -199,7 +199,7 @@ def plot(curves: Curves, name: str, path: Path) -> None:
     figure, axes = plt.subplots(
         len(curves),
         len(METHODS),
-        figsize=(12, 2.6 * len(curves)),
+        figsize=(13, 2.6 * len(curves)),
         layout="constrained",
         sharex=True,
         sharey="row",
@@ -221,7 +221,7 @@ def plot(curves: Curves, name: str, path: Path) -> None:
                 axis.axvline(best * 1.06 ** (number - 1), color=colour, linestyle=":")
             axis.set(xscale="log")
         row[0].set(ylabel=f"{panel}\n{name}")
-        row[0].legend(fontsize="small", loc="upper left")
+        row[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         if name == "loss":
             least = [
                 min(np.nanmin(result[name]) for result in results.values())
