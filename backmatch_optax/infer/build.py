@@ -475,7 +475,7 @@ class Links:
         if path not in used:
             used[path] = step.node
             return step.again
-        # Of what is recalled, each use begins with all that leads to it.
+        # Arms that begin with a Recall may have their first links in common.
         if used[path] is step.node and not (step.again or step.node.recalls):
             raise Unknown(
                 step.node,
@@ -496,20 +496,22 @@ class Links:
             self._put(_spec.Scale(float(str(np.float32(factor)))), self.shape)
 
     def _check_mean(self, step: Step) -> None:
-        """Refuses a signal with a mean whose sign is not known."""
+        """Refuses a signal that may have a mean, whose sign is not known."""
         centred = _spec.BatchNorm | _spec.LayerNorm | _spec.RMSNorm | _spec.GroupNorm
         last = self._maker(self.links)
         learned = {"kernel", "embedding"} & {*getattr(last, "roles", ())}
         if not isinstance(last, centred) and not learned:
             raise Unknown(
                 step.node,
-                f"{step.node.op} adds a constant to a signal with a mean of its own",
+                f"{step.node.op} adds a constant to what may have a mean of its own, "
+                "since neither a kernel nor a normalisation put it out",
             )
 
     def _maker(self, links: Sequence[_spec.Link]) -> _spec.Link | None:
-        """The last link that does more than move or multiply entries."""
-        moves = (
-            _spec.Reshape | _spec.Transpose | _spec.Resize | _spec.Scale | _spec.Slice
+        """The last link that decides whether a signal has a mean."""
+        passing = (
+            *(_spec.Reshape, _spec.Transpose, _spec.Resize, _spec.Slice),
+            *(_spec.Scale, _spec.Bias),
         )
         for link in reversed(links):
             match link:
@@ -517,7 +519,7 @@ class Links:
                     return self._maker(self.context.kept[link.name])
                 case _spec.Tied():
                     return self._maker(link.links)
-                case _ if not isinstance(link, moves):
+                case _ if not isinstance(link, passing):
                     return link
         return None
 

@@ -7,6 +7,7 @@ again that went apart, or one of the user's blocks.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,30 +77,37 @@ def chain(
         used.update(cutter.blocks.used)
         return links
 
-    def keeping(end: Node, before: Context) -> Links:
-        """The links to an end, with one `Memory` in another where several are kept."""
-        failure, taken = None, {*used}
-        for node in graph.memories(end):
-            try:
-                links = along(node, before)
-                above, given = graph.kept_apart(end, node)
-                if before.kept:  # named after the layer that makes it
-                    paths = [link.path for link in with_paths(links.links) if link.path]
-                    given.path = (paths or [f"memory {len(before.kept)}"])[-1]
-                kept = {**before.kept, given.path: links.links}
-                inside = keeping(above, dataclasses.replace(links.context, kept=kept))
-                links.keep(given, inside)
-                return links
-            except Unknown as unknown:
-                failure = failure or unknown
-                used.clear()
-                used.update(taken)
-        try:
-            return along(end, before)
-        except Unknown as unknown:
-            raise failure or unknown from None
+    def keeping(end: Node, before: Context, main: Node | None) -> Links:
+        """The links to an end, with one `Memory` in another where several are kept.
 
-    links = keeping(output, Context(params, measure, output))
+        Nothing is kept that comes from the main input.
+        """
+        nodes = (n for n in graph.memories(end) if main not in graph.inputs(n))
+        node = next(nodes, None)
+        if node is None:
+            return along(end, before)
+        links = along(node, before)
+        above, given = graph.kept_apart(end, node)
+        if before.kept:  # named after the layer that makes it
+            paths = [link.path for link in with_paths(links.links) if link.path]
+            given.path = (paths or [f"memory {len(before.kept)}"])[-1]
+        kept = {**before.kept, given.path: links.links}
+        inside = keeping(above, dataclasses.replace(links.context, kept=kept), main)
+        links.keep(given, inside)
+        return links
+
+    links = failure = None
+    mains = sorted(graph.inputs(output), key=_preference)
+    for main in (None, *(mains if any(graph.memories(output)) else ())):
+        used.clear()
+        try:
+            links = keeping(output, Context(params, measure, output), main)
+            break
+        except Unknown as unknown:
+            failure = failure or unknown
+    if links is None:
+        assert failure is not None
+        raise failure
     try:
         found = _spec.LayerChain(links.links, input_shape=links.start)
     except ValueError as error:
@@ -133,6 +141,7 @@ class _Cutter:
         self.blocks = blocks
         self.forced: dict[Node, _spec.Block] = {}  # what else would not be known
         self._seen: dict[tuple[Node, Node], Step | Node | None] = {}
+        self._factors: set[Node] = set()  # what is multiplied by another signal
 
     def takes(self, unknown: Unknown) -> bool:
         """Makes what is not known part of a block; False where there is none for it."""
@@ -173,6 +182,13 @@ class _Cutter:
             yield _tried(lambda: self.blocks.step(node, start, block))
             return
         begin = _begin(node, start)
+        if begin is None:
+            yield Unknown(
+                node,
+                f"{node.op} joins signals that several layers read, before either is "
+                "joined to the others. Write (x + a) + b in the place of x + (a + b)",
+            )
+            return
         if begin.op == "input" and _makes_features(node, begin):
             size = _size_of_features(node, begin)
             links = [_spec.Scale(size)] * (size != 1)
@@ -184,7 +200,7 @@ class _Cutter:
         late: list[Step] = []
         for source in node.dominators():
             step = self._piece(node, source)
-            if isinstance(step, Step):
+            if isinstance(step, Step) and (node in self._factors or not _shifts(step)):
                 yield from () if step.late else (step,)
                 late += [step] * step.late
             if source is node.dominator and len(node.flow) == 2 and node.op in _SUMS:
@@ -234,6 +250,10 @@ class _Cutter:
 
     def _gate(self, node: Node) -> Step:
         assert node.dominator is not None
+        for factor in node.operands:
+            while factor.op in (*layout.MOVES, "slice", "split"):
+                (factor,) = factor.flow
+            self._factors.add(factor)
         step = Step(node, node.dominator, ends=node.operands, joins="product")
         step = dataclasses.replace(self._with_arms(step), opaque=True)
         if not _unrelated(step) and not _apart(*step.arms):
@@ -310,6 +330,11 @@ def _joined(steps: Sequence[Step]) -> list[Step]:
     return joined
 
 
+def _shifts(step: Step) -> bool:
+    """Whether a step adds a constant, whose sign matters but in a product."""
+    return any(isinstance(link, _spec.Shift) for link in step.links)
+
+
 def _is_block(step: Step) -> bool:
     return any(isinstance(link, _spec.Block) for link in step.links)
 
@@ -347,10 +372,39 @@ def _unrelated(step: Step) -> bool:
         first, second = map(_in_the_mean, step.arms)
         return first != second
     one, other = step.ends
-    if one.recalls != other.recalls:  # what is recalled was made of other inputs
-        return True
+    if one.recalls != other.recalls:
+        return not _read_before(*sorted(step.ends, key=lambda end: end.recalls))
     one, other = ({*graph.inputs(end)} for end in step.ends)
     return step.source.op == "inputs" and not one & other
+
+
+def _read_before(signal: Node, recalled: Node) -> bool:
+    """Whether a signal holds some of what is recalled, with no kernel in between."""
+    return any(
+        memory is other and (not cut or not taken or not _are_apart(cut, taken))
+        for memory, cut in _reads(recalled)
+        for other, taken in _reads(signal)
+    )
+
+
+def _reads(end: Node) -> set[tuple[Node, tuple[int, ...]]]:
+    """What is kept that reaches a node without a kernel, and which parts of it.
+
+    A part is an axis, where it begins, and where it stops; empty for the whole.
+    """
+    pending: list[tuple[Node, tuple[int, ...]]] = [(end, ())]
+    seen = {*pending}
+    for node, cut in pending:
+        learned = any(operand.uses for operand in node.operands if not operand.flows)
+        if node.op in ("dot_general", "conv_general_dilated", "scan") and learned:
+            continue
+        if node.op in ("slice", "split", "unstack"):
+            with contextlib.suppress(Unknown):  # several axes at once
+                cut = RULES[node.op](node).taken[:3] or cut
+        new = {(operand, cut) for operand in node.flow} - seen
+        seen |= new
+        pending += new
+    return {(node, cut) for node, cut in seen if node.op == "memory"}
 
 
 def _apart(first: Sequence[Step], second: Sequence[Step]) -> bool:
@@ -358,8 +412,12 @@ def _apart(first: Sequence[Step], second: Sequence[Step]) -> bool:
     cuts = [
         next((step.taken for step in arm if step.taken), ()) for arm in (first, second)
     ]
-    (one, other) = (cut or (-1, 0, 0, 1) for cut in cuts)
-    return one[0] == other[0] >= 0 and (one[2] <= other[1] or other[2] <= one[1])
+    return all(cuts) and _are_apart(*cuts)
+
+
+def _are_apart(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two parts, each (axis, start, stop, ...), are of one axis and apart."""
+    return one[0] == other[0] and (one[2] <= other[1] or other[2] <= one[1])
 
 
 def _parted(key: Sequence[Step], value: Sequence[Step]) -> list[Step]:
@@ -400,12 +458,14 @@ def _is_preparation(node: Node, start: Node) -> bool:
     return True
 
 
-def _begin(node: Node, start: Node) -> Node:
-    """Where the steps to a node begin: at an input, or what stands for one."""
-    for found in node.dominators():
-        if found is start or found.op in ("input", "memory"):
-            return found
-    raise Unknown(node, f"{node.op} does not come from what it is joined to")
+def _begin(node: Node, start: Node) -> Node | None:
+    """Where the steps to a node begin: at an input, or what stands for one.
+
+    None where several of them are joined that the start is above of.
+    """
+    ends = ("input", "memory")
+    found = (x for x in node.dominators() if x is start or x.op in ends)
+    return next(found, None)
 
 
 def _makes_features(node: Node, start: Node) -> bool:

@@ -183,13 +183,15 @@ class Shift(Link):
 
         m_z = 1,    q <- q + value^2
 
-    With mean-field gains the constant is a mean that all units have in common.
+    With mean-field gains the constant is a mean that all units have in common. Such
+    means are positive throughout, as behind a ReLU. So `scale - 1` is `Scale(-1)`,
+    `Shift(1)` and `Scale(-1)`, right where only the square counts, as in a `Gate`.
 
     Args:
-      value: the constant, not zero.
+      value: the constant, above zero.
 
     Raises:
-      ValueError: where it is not a finite number other than zero.
+      ValueError: where it is not a finite number above zero.
 
     Examples:
       >>> from backmatch_optax import spec
@@ -203,16 +205,16 @@ class Shift(Link):
     featurewise = True
 
     def validate(self) -> None:
-        wanted = "a finite number other than zero"
-        self._canonical_number("value", wanted, lambda v: 0 < abs(v) < math.inf)
+        wanted = "a finite number above zero"
+        self._canonical_number("value", wanted, lambda v: 0 < v < math.inf)
 
     def elementwise(self, here: Site) -> Elementwise:
         del here
         return lambda values: self.value + values
 
     def moments_after(self, here: Site) -> Moments:
-        before, added = here.moments, number(abs(self.value)) ** 2
+        before, added = here.moments, number(self.value)
         if not here.mean_field:
-            return Moments(before.variance + added)
-        offset = added if before.offset is None else before.offset + added
-        return Moments(before.variance, before.spread, offset, along=before.along)
+            return Moments(before.variance + added**2)
+        mean = added if before.offset is None else before.offset**0.5 + added
+        return Moments(before.variance, before.spread, mean**2, along=before.along)

@@ -153,3 +153,52 @@ def test_one_layer_that_modulates_all_blocks(generator):
 def test_what_is_unknown_is_named_where_several_signals_are_kept():
     with pytest.raises(ValueError, match="sort is an order by value"):
         infer_spec(text_to_image(known=False), IMAGES, TIMES, TEXTS)
+
+
+CANNOT_BE_KNOWN = {
+    "multiplied": (lambda x, c: x * c * c, "takes them as unrelated"),
+    "added": (lambda x, c: nn.relu(x + c) + c, "how they correlate is not known"),
+    "a part": (
+        lambda x, c: x * c[:, :16] + c[:, 8:24],
+        "how they correlate is not known",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_KNOWN)
+def test_what_is_read_twice_without_a_kernel_between_is_refused(case):
+    read, message = CANNOT_BE_KNOWN[case]
+
+    def function(_: nn.Module, x: Any, signal: Any) -> Any:
+        signal = nn.Dense(24 if case == "a part" else 16, name="c")(signal)
+        x = read(nn.Dense(16, name="x")(x), signal)
+        return nn.Dense(5, name="head")(x)
+
+    with pytest.raises(ValueError, match=message):
+        infer_spec(Call(function), array(4, 8), array(4, 8))
+
+
+def test_what_is_read_again_behind_a_kernel():
+    def function(_: nn.Module, x: Any, signal: Any) -> Any:
+        signal = nn.Dense(32, name="c")(signal)
+        for index in range(3):
+            x = nn.relu(nn.Dense(32, name=f"x{index}")(x) + signal)
+        return nn.Dense(5, name="head")(x)
+
+    model, examples = Call(function), (array(4, 8), array(4, 8))
+    chain = infer_spec(model, *examples)
+    assert worst(ratios(model, chain, *examples, batch=128)) < 2
+
+
+def test_two_signals_that_are_joined_before_the_others_are_refused():
+    def function(_: nn.Module, x: Any, one: Any, two: Any) -> Any:
+        one, two = nn.Dense(16, name="one")(one), nn.Dense(16, name="two")(two)
+        for index in range(2):
+            signals = nn.Dense(16, name=f"a{index}")(one) + nn.Dense(
+                16, name=f"b{index}"
+            )(two)
+            x = nn.relu(nn.Dense(16, name=f"x{index}")(x) + signals)
+        return nn.Dense(5, name="head")(x)
+
+    with pytest.raises(ValueError, match=r"Write \(x \+ a\) \+ b"):
+        infer_spec(Call(function), array(4, 8), array(4, 8), array(4, 8))

@@ -402,6 +402,37 @@ def test_a_transformer_that_a_time_modulates(pooled):
 
 @pytest.mark.parametrize("before", [nn.relu, lambda x: 1 - nn.sigmoid(x)])
 def test_a_constant_is_not_added_to_a_mean(before):
-    model = Call(lambda _, x: before(nn.Dense(6, name="a")(x)) + 1.0)
-    with pytest.raises(ValueError, match="a constant to a signal with a mean"):
-        infer_spec(model, array(4, 6))
+    def gated(_: nn.Module, x: Any) -> Any:
+        gate = before(nn.Dense(6, name="a")(x)) + 1.0
+        return nn.Dense(6, name="b")(x) * gate
+
+    with pytest.raises(ValueError, match="a constant to what may have a mean"):
+        infer_spec(Call(gated), array(4, 6))
+
+
+@pytest.mark.parametrize("shift", [1.0, -1.0, -3.0])
+def test_a_constant_is_added_in_a_product_alone(shift):
+    def gated(_: nn.Module, x: Any) -> Any:
+        gate = nn.Dense(64, name="a")(x) + shift
+        return nn.Dense(5, name="head")(nn.Dense(64, name="b")(x) * gate)
+
+    model = Call(gated)
+    chain = infer_spec(model, array(4, 32))
+    assert worst(ratios(model, chain, array(4, 32), batch=256)) < 1.5
+    bare = Call(lambda _, x: nn.relu(nn.Dense(6, name="a")(x) + shift))
+    with pytest.raises(ValueError, match="neither a Scale nor one of"):
+        infer_spec(bare, array(4, 6))
+
+
+@pytest.mark.parametrize("name", ["hard_sigmoid", "sigmoid"])
+def test_an_activation_with_a_constant_inside_is_one_link(name):
+    functions = {
+        "hard_sigmoid": nn.hard_sigmoid,
+        "sigmoid": lambda x: 0.5 * (1 + jnp.tanh(0.5 * x)),
+    }
+
+    def model(_: nn.Module, x: Any) -> Any:
+        x = x + nn.Dense(8, name="a")(x)
+        return nn.Dense(8, name="b")(functions[name](x))
+
+    assert infer_spec(Call(model), array(4, 8)).layers[1] == spec.Activation(name)

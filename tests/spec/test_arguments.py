@@ -100,7 +100,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "shift by nothing": (
         lambda: spec.Shift(0),
-        r"Shift\(0\).*value \(=0\) must be a finite number other than zero",
+        r"Shift\(0\).*value \(=0\) must be a finite number above zero",
     ),
     "factor as truth value": (lambda: spec.Scale(True), r"factor \(=True\) must be a"),
     "zero groups": (

@@ -15,9 +15,9 @@ def test_multiplication_by_a_constant():
 
 @pytest.mark.parametrize("gains", ["paper", "mean_field"])
 def test_a_constant_adds_its_square(gains):
-    found = measured(lambda _, x: x - 3, {}, distinct(1, 3, 4))
-    assert_close(curvatures(spec.Shift(-3.0), {}, (3, 4)), found)
-    links = [spec.Dense("a"), spec.Shift(-3.0), spec.Dense("b")]
+    found = measured(lambda _, x: x + 3, {}, distinct(1, 3, 4))
+    assert_close(curvatures(spec.Shift(3.0), {}, (3, 4)), found)
+    links = [spec.Dense("a"), spec.Shift(3.0), spec.Dense("b")]
     chain = spec.LayerChain(links, input_shape=(3,))
     params = {name: {"kernel": jnp.eye(3)} for name in "ab"}
     scales = bmo.layer_scales(chain, params, gains=gains, normalize=False)

@@ -36,7 +36,7 @@ def scaling(piece: Piece, node: Node, source: Node) -> Step | None:
 
 @rule()
 def shift(piece: Piece, node: Node, source: Node) -> Step | None:
-    """`Shift`: a constant added, perhaps to a multiple."""
+    """`Shift`: a constant added, perhaps to a multiple; in a product alone."""
     if not _is_plain(piece) or not np.isfinite(piece.values).all():
         return None
     (zero, one), signal = piece.values.ravel()[:2], SIGNAL.ravel()[:2]
@@ -47,7 +47,10 @@ def shift(piece: Piece, node: Node, source: Node) -> Step | None:
     value = float(f"{np.median(added):.6g}")
     if not factor or not value:
         return None
-    links = [_spec.Scale(factor)] * (factor != 1) + [_spec.Shift(value)]
+    sign = math.copysign(1.0, value)
+    before = [_spec.Scale(sign * factor)] * (sign * factor != 1)
+    after = [_spec.Scale(-1.0)] * (sign < 0)
+    links = [*before, _spec.Shift(abs(value)), *after]
     return Step(node, source, links, elementwise=True, late=True)
 
 
