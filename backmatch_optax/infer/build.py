@@ -514,13 +514,11 @@ class Links:
             *(_spec.Scale, _spec.Bias),
         )
         for link in reversed(links):
-            match link:
-                case _spec.Recall():
-                    return self._maker(self.context.kept[link.name])
-                case _spec.Tied():
-                    return self._maker(link.links)
-                case _ if not isinstance(link, passing):
-                    return link
+            own = link.links[-1] if isinstance(link, _spec.Tied) else link
+            if isinstance(own, _spec.Recall):
+                return self._maker(self.context.kept[own.name])
+            if not isinstance(own, passing):
+                return own
         return None
 
     def _pop_scale(self) -> float:

@@ -20,10 +20,15 @@ LABELS = array(4, dtype=jnp.int32)
 class TransformerBlock(nn.Module):
     """A block of a DiT: one kernel reads the time, its output has six parts."""
 
+    table: bool = False  # that is added, as in PixArt
+
     @nn.compact
     def __call__(self, x: Any, time: Any) -> Any:
-        modulation = nn.Dense(6 * 32, name="adaLN")(nn.silu(time))[:, None]
-        parts = jnp.split(modulation, 6, axis=-1)
+        modulation = nn.Dense(6 * 32, name="adaLN")(nn.silu(time))
+        if self.table:
+            normal = nn.initializers.normal(0.2)
+            modulation += self.param("table", normal, (6 * 32,))
+        parts = jnp.split(modulation[:, None], 6, axis=-1)
         norm = nn.LayerNorm(use_scale=False, use_bias=False)
         h = norm(x) * (1 + parts[0]) + parts[1]
         x = x + parts[2] * nn.MultiHeadDotProductAttention(2, name="attention")(h)
@@ -32,12 +37,13 @@ class TransformerBlock(nn.Module):
         return x + parts[5] * h
 
 
-def test_a_diffusion_transformer():
+@pytest.mark.parametrize("table", [False, True])
+def test_a_diffusion_transformer(table):
     def dit(_: nn.Module, x: Any, time: Any, label: Any) -> Any:
         known = nn.Dense(32, name="t")(time) + nn.Embed(10, 32, name="y")(label)
         x = nn.Conv(32, (2, 2), strides=2, name="patches")(x).reshape(len(x), -1, 32)
         for index in range(2):
-            x = TransformerBlock(name=f"block{index}")(x, known)
+            x = TransformerBlock(table, name=f"block{index}")(x, known)
         modulation = nn.Dense(64, name="last")(nn.silu(known))[:, None]
         shift, scale = jnp.split(modulation, 2, axis=-1)
         x = nn.LayerNorm(use_scale=False, use_bias=False)(x) * (1 + scale) + shift
