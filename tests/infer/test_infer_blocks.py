@@ -230,7 +230,7 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
     "shift": (
         lambda _, x: nn.relu(x) + 1.0,
         IMAGES,
-        "add adds a constant to what may have a mean of its own",
+        "add ends an elementwise function that is neither",
     ),
     "gate of its own input": (
         lambda _, x: nn.tanh(x) * nn.sigmoid(1.7 * x),
