@@ -41,6 +41,15 @@ _FEATUREWISE = (
     _spec.Softmax,
 )
 _BY_EXAMPLE = _spec.GlobalAvgPool
+# What leaves it open whether a signal has a mean: the link before decides.
+_KEEPS_MEAN = (
+    _spec.Bias,
+    _spec.Reshape,
+    _spec.Resize,
+    _spec.Scale,
+    _spec.Slice,
+    _spec.Transpose,
+)
 _NO_FEATURES = (
     "puts out one number for each example, without an axis for it. Keep the axis, as "
     "keepdims=True does, or [:, :1] in the place of [:, 0]"
@@ -509,15 +518,11 @@ class Links:
 
     def _maker(self, links: Sequence[_spec.Link]) -> _spec.Link | None:
         """The last link that decides whether a signal has a mean."""
-        passing = (
-            *(_spec.Reshape, _spec.Transpose, _spec.Resize, _spec.Slice),
-            *(_spec.Scale, _spec.Bias),
-        )
         for link in reversed(links):
             own = link.links[-1] if isinstance(link, _spec.Tied) else link
             if isinstance(own, _spec.Recall):
                 return self._maker(self.context.kept[own.name])
-            if not isinstance(own, passing):
+            if not isinstance(own, _KEEPS_MEAN):
                 return own
         return None
 

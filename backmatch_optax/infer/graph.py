@@ -397,9 +397,7 @@ def kept_apart(output: Node, kept: Node) -> tuple[Node, Node]:
       besides others is dominated by those.
     """
     *_, everything = kept.dominators()
-    given = dataclasses.replace(
-        kept, op="memory", operands=(), parts=(), eqn=None, path=""
-    )
+    given = dataclasses.replace(kept, op="memory", operands=(), parts=(), eqn=None)
     given.recalls, given.dominator, given.depth = True, everything, 1
     copies = {kept: given}
     for node in _in_order(output):

@@ -96,9 +96,14 @@ def chain(
         links.keep(given, inside)
         return links
 
+    def mains() -> Iterator[Node | None]:
+        """None first; where that fails and something may be kept, each input."""
+        yield None
+        if any(graph.memories(output)):
+            yield from sorted(graph.inputs(output), key=_preference)
+
     links = failure = None
-    mains = sorted(graph.inputs(output), key=_preference)
-    for main in (None, *(mains if any(graph.memories(output)) else ())):
+    for main in mains():
         used.clear()
         try:
             links = keeping(output, Context(params, measure, output), main)
@@ -380,10 +385,10 @@ def _unrelated(step: Step) -> bool:
 
 def _read_before(signal: Node, recalled: Node) -> bool:
     """Whether a signal holds some of what is recalled, with no kernel in between."""
+    pairs = itertools.product(_reads(recalled), _reads(signal))
     return any(
         memory is other and (not cut or not taken or not _are_apart(cut, taken))
-        for memory, cut in _reads(recalled)
-        for other, taken in _reads(signal)
+        for (memory, cut), (other, taken) in pairs
     )
 
 
@@ -461,7 +466,7 @@ def _is_preparation(node: Node, start: Node) -> bool:
 def _begin(node: Node, start: Node) -> Node | None:
     """Where the steps to a node begin: at an input, or what stands for one.
 
-    None where several of them are joined that the start is above of.
+    None where signals from several of these are joined.
     """
     ends = ("input", "memory")
     found = (x for x in node.dominators() if x is start or x.op in ends)
