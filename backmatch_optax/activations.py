@@ -106,8 +106,20 @@ def slope_in_common(name: str, before: Moments) -> Positive:
     return _in_common(name, before, unit)[1]
 
 
+def aligned_slope(name: str, before: Moments) -> Positive:
+    """The squared correlation of `phi'(x)` with `x` over the positions of an input.
+
+    Where the cotangent above is the same at all of them.
+    """
+    unit = before.q if name in _HOMOGENEOUS else number(1.0)
+    return _in_common(name, before, unit)[2]
+
+
 def _in_common(name: str, before: Moments, unit: Positive) -> list[Positive]:
-    """What positions have in common of the outputs' variance, and of the slopes."""
+    """What positions have in common of the outputs' variance, and of the slopes.
+
+    And how far the slopes go with the signal.
+    """
     parts = (before.variance, before.spread, before.offset, before.along)
     sizes = [None if part is None else part / unit for part in parts]
     known = [size for size in sizes if size is not None]
@@ -133,8 +145,8 @@ def _commons(
     spread: jax.Array,
     offset: jax.Array,
     along: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Which part of the variance of outputs, and which share of the squared slopes."""
+) -> tuple[jax.Array, ...]:
+    """Part of the variance of outputs, share and correlation of the squared slopes."""
     density, nodes = jnp.asarray(DENSITY), jnp.asarray(NODES)
 
     def means(apart: jax.Array) -> tuple[jax.Array, ...]:
@@ -143,12 +155,18 @@ def _commons(
         centres = jnp.sqrt(offset) + jnp.sqrt(shared) * nodes
         values = centres[:, None] + jnp.sqrt(apart) * nodes[None, :]
         outputs, slopes = jax.jvp(phi, (values,), (jnp.ones_like(values),))
-        return outputs @ density, slopes @ density, slopes**2 @ density
+        squares = slopes**2 @ density
+        return outputs @ density, slopes @ density, slopes @ (nodes * density), squares
 
-    of_units, _, _ = means(variance)
-    of_inputs, slopes, squares = means(jnp.maximum(variance - along, 0.0))
+    of_units, *_ = means(variance)
+    of_inputs, slopes, along_x, squares = means(jnp.maximum(variance - along, 0.0))
     more = density @ of_inputs**2 - density @ of_units**2
-    return jnp.maximum(more, 0.0), density @ slopes**2 / (density @ squares)
+    square = density @ squares
+    return (
+        jnp.maximum(more, 0.0),
+        density @ slopes**2 / square,
+        density @ along_x**2 / square,
+    )
 
 
 @functools.lru_cache

@@ -59,6 +59,14 @@ class Moments:
         """The part that all positions of one input have in common."""
         return _sum_of_known(self.mean_square, self.along)
 
+    @property
+    def varying(self) -> Positive | None:
+        """The part that differs between positions; None is zero.
+
+        Where only a part of the variance is common, all of it.
+        """
+        return None if self.along is self.variance else self.variance
+
     @functools.cached_property
     def q(self) -> Positive:
         """The second moment."""

@@ -72,25 +72,33 @@ def forward(sites: Sequence[Site], moments: Moments) -> Moments:
 
 
 def backward(
-    sites: Sequence[Site], n: Positive, common: Positive | None = None
+    sites: Sequence[Site],
+    n: Positive,
+    common: Positive | None = None,
+    aligned: Positive | None = None,
 ) -> Positive:
     """Carries `n = m * q` from the output to the input, where `m <- m * m_z`.
 
     BM (37), LH (23). At each site `m` is then the mean diagonal of `J^T J` of all links
     above it with respect to the site's output. Beside it goes what share of it all
-    positions have in `common`: all of it below a mean over positions.
+    positions have in `common`: all of it below a mean over positions. And how far it is
+    `aligned` with the signal: below an activation.
     """
     for site in reversed(sites):
-        site.n, site.common = n, common
+        site.n, site.common, site.aligned = n, common, aligned
         site.common_below = site.link.common_below(site)
+        site.aligned_below = site.link.aligned_below(site)
         if isinstance(site.link, Repeat):
             n = down_layers(site, _WALKS)
         elif site.arms:
             n = _through_arms(site)
         else:
             n = n * (site.link.m_z(site) * site.q / site.moments_out.q)
-        n, common = n.collapsed(_MOST_POWERS), site.common_below
-        common = common and common.collapsed(_MOST_POWERS)
+        n = n.collapsed(_MOST_POWERS)
+        common, aligned = (
+            share and share.collapsed(_MOST_POWERS)
+            for share in (site.common_below, site.aligned_below)
+        )
     return n
 
 
@@ -101,24 +109,28 @@ def _through_arms(site: Site) -> Positive:
     part of `(J_1 + J_2)^T (J_1 + J_2)` is left, LH (13). Where the arms are related,
     what returns is known, cross terms included.
     """
-    m, returned, shares, in_common = site.m, [], [], []
+    m, returned, shares, in_common, with_signal = site.m, [], [], [], []
     for index, (arm, moments) in enumerate(
         zip(site.arms.values(), site.arm_moments, strict=True)
     ):
         top = m * site.link.m_arm(site, index) * moments.q
         common = site.link.arm_common(site, index)
-        n = backward(arm, top, common)
+        aligned = site.link.arm_aligned(site, index)
+        n = backward(arm, top, common, aligned)
         if arm and arm[0].link.begins:
             continue  # at another input of the model
         returned.append(n)
         in_common.append(arm[0].common_below if arm else common)
+        with_signal.append(arm[0].aligned_below if arm else aligned)
         # Of `n` times the size of the signal: what becomes of it inside the arm.
         size = math.prod(site.arm_shapes[index]) / site.size_in
         shares.append(n / top / size)
     # What is used more than once: curvatures add up (see `Memory`).
     returned += [recall.n for recall in site.recalled]
     in_common += [recall.common for recall in site.recalled]
+    with_signal += [recall.aligned for recall in site.recalled]
     site.common_below = _mean_share(returned, in_common)
+    site.aligned_below = _mean_share(returned, with_signal)
     if site.m_z_of_arms is not None:
         return m * site.m_z_of_arms * site.q
     # Norms must cancel here. Where every arm changes `n * size` by the same known
@@ -149,20 +161,34 @@ def _mean_share(
     return functools.reduce(operator.add, terms) / functools.reduce(operator.add, parts)
 
 
-def mark_centred(sites: Sequence[Site], centred: bool = False) -> bool:
+def mark_centred(
+    sites: Sequence[Site], above: tuple[bool, bool] = (False, False)
+) -> tuple[bool, bool]:
     """Marks the sites whose cotangents sum to zero over the batch, for every unit.
 
     A BatchNorm takes the mean away from what passes back as it does forward, and linear
-    links keep it away. A kernel there gets no gradient from the mean of its input.
-    Returns whether those below the sites do; below arms, where all of them do.
+    links keep it away: cotangents are `centred`, and a kernel gets no gradient from the
+    mean of its input. Behind an activation the sum of what all positions have in common
+    is still zero: they are `balanced`.
+
+    Args:
+      sites: from input to output.
+      above: both of what the last of them is handed.
+
+    Returns:
+      Both below the sites; below arms, what holds for all of them.
     """
+    centred, balanced = above
     for site in reversed(sites):
-        site.centred = centred
-        centred = site.link.centres(site)
+        site.centred, site.balanced = centred, balanced
+        centred, balanced = site.link.centres(site), balanced or site.link.divides
         for _ in range(_times(site)):
-            centred = all([mark_centred(arm, centred) for arm in site.arms.values()])
+            marks = (centred, balanced)
+            arms = [mark_centred(arm, marks) for arm in site.arms.values()]
+            centred, balanced = map(all, zip(*arms, strict=True))
         centred = centred and all(recall.centred for recall in site.recalled)
-    return centred
+        balanced = balanced and all(recall.balanced for recall in site.recalled)
+    return centred, balanced
 
 
 def _times(site: Site) -> int:

@@ -20,8 +20,8 @@ class Walks(NamedTuple):
     """The recursion itself, for the links of one layer (see `recursion`)."""
 
     forward: Callable[[Sequence[Site], Moments], Moments]
-    backward: Callable[[Sequence[Site], Positive, Positive | None], Positive]
-    mark_centred: Callable[[Sequence[Site], bool], bool]
+    backward: Callable[..., Positive]
+    mark_centred: Callable[[Sequence[Site], tuple[bool, bool]], tuple[bool, bool]]
     log_scales: Callable[..., tuple[jax.Array, list[jax.Array]]]
 
 
@@ -87,7 +87,7 @@ class _Handed(NamedTuple):
     """What a layer hands to the one below it."""
 
     n: jax.Array
-    common: jax.Array | None  # None is zero
+    shares: Sequence[jax.Array | None]  # common and aligned; None is zero
 
 
 class _Layer(NamedTuple):
@@ -142,38 +142,50 @@ def down_layers(site: Site, walks: Walks) -> Positive:
     """
     climbed: _Climbed = site.climbed
     chain, dtype, floor = site.arms["chain"], climbed.dtype, site.norm_floor
-    found: list[tuple[float, float | None, bool]] = []
+    found: list[tuple[float, float | None, list[bool]]] = []
 
-    def down(kind: tuple[bool, float], carry: _Handed, at: Any) -> tuple[_Handed, Any]:
-        (n, common), (layer, entry) = carry, at
+    def down(
+        kind: tuple[tuple[bool, bool], float], carry: _Handed, at: Any
+    ) -> tuple[_Handed, Any]:
+        (n, shares), (layer, entry) = carry, at
         sites = _one_layer(site, layer)
         moments, unit = _unpacked_moments(entry, climbed.form, floor)
         walks.mark_centred(sites, kind[0])
         after = walks.forward(sites, moments)
         top = _with_factor(n, after.q, kind[1])
-        below = walks.backward(sites, top, None if common is None else unpacked(common))
-        left = sites[0].common_below
+        below = walks.backward(
+            sites, top, *(None if s is None else unpacked(s) for s in shares)
+        )
+        left = sites[0].common_below, sites[0].aligned_below
         (atom,) = unit.powers
         share = below / top
         static = None if share.powers else share.log_constant
-        found.append((below.powers.get(atom, 0), static, left is not None))
-        in_common = None if common is None else packed(left or ABSENT, dtype)
-        handed = _Handed(packed(below, dtype), in_common)
+        known = [share is not None for share in left]
+        found.append((below.powers.get(atom, 0), static, known))
+        shares = tuple(
+            None if before is None else packed(after or ABSENT, dtype)
+            for before, after in zip(shares, left, strict=True)
+        )
+        handed = _Handed(packed(below, dtype), shares)
         return handed, walks.log_scales([*scaled_roles(sites)], dtype)
 
     (out,) = climbed.out.powers
-    kind = site.centred, site.n.powers.get(out, 0)
+    kind = (site.centred, site.balanced), site.n.powers.get(out, 0)
     link: Any = site.link
     count = stop = link.n
-    common = site.common and packed(site.common, dtype)
-    handed, runs = _Handed(packed(site.n, dtype), common), []
+    shares = tuple(s and packed(s, dtype) for s in (site.common, site.aligned))
+    handed, runs = _Handed(packed(site.n, dtype), shares), []
     kept: float | None = 0.0  # log of the share of `n` that is left, where it is static
     while stop:
         layers = climbed.layers, climbed.entries
         jax.eval_shape(functools.partial(down, kind), handed, _shapes_of_one(layers))
-        power, share, in_common = found.pop()
-        if in_common and handed.common is None:
-            handed = handed._replace(common=packed(ABSENT, dtype))
+        power, share, known = found.pop()
+        more = tuple(
+            packed(ABSENT, dtype) if new and old is None else old
+            for new, old in zip(known, handed.shares, strict=True)
+        )
+        if any(s is not old for s, old in zip(more, handed.shares, strict=True)):
+            handed = handed._replace(shares=more)
             continue
         below = walks.mark_centred(chain, kind[0]), power
         start = 0 if below == kind else stop - 1
@@ -186,8 +198,10 @@ def down_layers(site: Site, walks: Walks) -> Positive:
             kept = None if share is None else kept + share * (stop - start)
         kind, stop = below, start
     _note_scales(site, *jax.tree.map(lambda *logs: jnp.concatenate(logs), *runs))
-    n, common = handed
-    site.common_below = None if common is None else unpacked(common)
+    n, shares = handed
+    site.common_below, site.aligned_below = (
+        None if share is None else unpacked(share) for share in shares
+    )
     if kind[1]:
         return _with_factor(n, site.q, kind[1])
     # Where only constants come in, what `n` is made of may cancel further down.

@@ -117,7 +117,8 @@ def _approximations(sites: Sequence[Site]) -> Iterator[str]:
     for site in reversed(found):
         link = site.link
         mean_above |= isinstance(link, _spec.GlobalAvgPool) and not site.mean_field
-        reason = link.approximate or (mean_above and link.approximate_below_a_mean)
+        reason = link.why_approximate(site)
+        reason = reason or (mean_above and link.approximate_below_a_mean)
         if not reason and attentions > _FEW:
             reason = link.approximate_in_depth
         if reason:

@@ -8,9 +8,9 @@ Every kind of layer is one class that states, for a link between its input and o
   of `J^T J`, where `J` is the Jacobian of the output with respect to one of its
   parameters, or to its input.
 
-That is all the recursion needs, so a new kind of layer is one new class. Three more
+That is all the recursion needs, so a new kind of layer is one new class. Four more
 answers make it exact in company and have defaults, see `Link`: `centres` (no change),
-`featurewise` (False) and `common_below` (no change).
+`featurewise` (False), `common_below` (no change) and `aligned_below` (nothing).
 
 Spellings and defaults are Flax's own, kernels are in Flax layout: Dense `(in, out)`,
 Conv `(*window, in / groups, out)`. Links are frozen, hashable and comparable, and their

@@ -128,7 +128,7 @@ class DenseGeneral(Link):
     def m_W(self, here: Site, role: str) -> Positive:
         if role != "kernel":
             return here.added(here.positions_out)
-        return here.met(here.moments, here.positions_out)
+        return here.met(here.moments, here.positions_out, here.fan_in)
 
     def m_z(self, here: Site) -> Positive:
         return self._row_norm(here, "kernel") * here.fan_out / here.fan_in

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -192,6 +194,15 @@ class Residual(Link):
         branch, shortcut = here.arm_moments
         return branch + shortcut
 
+    def arm_aligned(self, here: Site, arm: int) -> Positive | None:
+        # Of what a sum does, each arm does its share.
+        share = here.arm_moments[arm].varying
+        if here.aligned is None or share is None:
+            return None
+        parts = (moments.varying for moments in here.arm_moments)
+        whole = functools.reduce(operator.add, (part for part in parts if part))
+        return here.aligned * share / whole
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Concatenate(Link):
@@ -345,7 +356,7 @@ class Gate(Link):
             return other.q * uses
         # What a mean of the other hands on is centred as cotangents are. Kernels do not
         # see it where pooled signals are nearly the same for all inputs.
-        return here.met(other, times) * (uses / times)
+        return here.met(other, times, 1) * (uses / times)
 
     def arm_common(self, here: Site, arm: int) -> Positive | None:
         other = here.arm_moments[1 - arm]
@@ -353,6 +364,11 @@ class Gate(Link):
         if here.common is None or repeated:
             return here.common
         return None if other.common is None else here.common * other.common / other.q
+
+    def arm_aligned(self, here: Site, arm: int) -> Positive | None:
+        # A factor that is the same at all positions changes no correlation.
+        repeated = math.prod(here.arm_shapes[1 - arm][:-1]) == 1
+        return here.aligned if repeated else None
 
     def centres(self, here: Site) -> bool:
         del here

@@ -6,7 +6,12 @@ import dataclasses
 import difflib
 import math
 
-from backmatch_optax.activations import activation, after_activation, slope_in_common
+from backmatch_optax.activations import (
+    activation,
+    after_activation,
+    aligned_slope,
+    slope_in_common,
+)
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Elementwise, Link, Site
@@ -86,6 +91,12 @@ class Activation(Link):
         if here.common is None:
             return None
         return here.common * slope_in_common(self.name, here.moments)
+
+    def aligned_below(self, here: Site) -> Positive | None:
+        # The same for all inputs: what they have in common adds up to zero.
+        if here.common is None or here.balanced:
+            return None
+        return here.common * aligned_slope(self.name, here.moments)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -174,6 +185,9 @@ class Scale(Link):
         del here
         return number(abs(self.factor)) ** 2  # a log: 1e200 ** 2 is no float
 
+    def aligned_below(self, here: Site) -> Positive | None:
+        return here.aligned
+
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Shift(Link):
@@ -218,3 +232,6 @@ class Shift(Link):
             return Moments(before.variance + added**2)
         mean = added if before.offset is None else before.offset**0.5 + added
         return Moments(before.variance, before.spread, mean**2, along=before.along)
+
+    def aligned_below(self, here: Site) -> Positive | None:
+        return here.aligned

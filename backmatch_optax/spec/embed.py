@@ -120,7 +120,7 @@ class Unembed(_Table):
         return here.moments.mixed(self.m_z(here) * here.fan_in / here.fan_out)
 
     def m_W(self, here: Site, role: str) -> Positive:
-        return here.met(here.moments, here.positions_out)
+        return here.met(here.moments, here.positions_out, here.fan_in)
 
     def m_z(self, here: Site) -> Positive:
         return here.squared_row_norm("embedding")

@@ -81,15 +81,27 @@ class LayerScale(_Learned):
       spec.Residual((spec.Dense('Dense_0'), spec.LayerScale('gamma')))
     """
 
+    def why_approximate(self, here: Site) -> str:
+        if self.repeated(here) == here.positions_in:
+            return ""
+        return (
+            "its entries count as having one sign; where those of different positions "
+            "have either, a mean over positions is smaller than the rule takes it"
+        )
+
     def moments_after(self, here: Site) -> Moments:
         return here.moments * self.mean_square(here)
 
     def m_W(self, here: Site, role: str) -> Positive:
         times = self.repeated(here)
-        return here.met(here.moments, times) * (here.size_in / self.size(here) / times)
+        uses = here.size_in / self.size(here)
+        return here.met(here.moments, times, 1) * (uses / times)
 
     def m_z(self, here: Site) -> Positive:
         return self.mean_square(here)
+
+    def aligned_below(self, here: Site) -> Positive | None:
+        return here.aligned
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -130,6 +142,9 @@ class Bias(_Learned):
     def m_W(self, here: Site, role: str) -> Positive:
         times = self.repeated(here)
         return here.added(times) * (here.size_in / self.size(here) / times)
+
+    def aligned_below(self, here: Site) -> Positive | None:
+        return here.aligned
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

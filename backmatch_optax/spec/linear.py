@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from backmatch_optax.moments import Moments
@@ -54,7 +55,8 @@ class _Linear(Link):
         # above has left in `m`. With the papers' gains all of q is variance.
         if role != "kernel":
             return here.added(here.positions_out)
-        return here.met(self.seen(here), self.uses(here))
+        kernel = here.params["kernel"].shape
+        return here.met(self.seen(here), self.uses(here), math.prod(kernel[:-1]))
 
     def m_z(self, here: Site) -> Positive:
         # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by

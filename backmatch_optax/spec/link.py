@@ -42,6 +42,9 @@ class Site:
     mean_field: bool = False  # exact Gaussian gains instead of the papers'
     norm_floor: jax.typing.ArrayLike = 0.0  # the least a norm counts as below a line
     centred: bool = False  # whether cotangents at the output have mean zero
+    balanced: bool = (
+        False  # whether a BatchNorm above sees to that, whatever is between
+    )
     divided: bool = False  # whether all that follows divides each feature by its size
     moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     arm_moments: Sequence[Moments] = ()  # at the outputs of the arms
@@ -54,6 +57,11 @@ class Site:
     # cotangent everywhere, as below a mean over positions. None is zero.
     common: Positive | None = None
     common_below: Positive | None = None
+    # The squared correlation of cotangent and signal at the output, over the positions
+    # of one input: what an activation hands down is largest where the signal is
+    # positive. None is zero.
+    aligned: Positive | None = None
+    aligned_below: Positive | None = None
     # All uses, of parameters that are used more than once.
     uses: list[Site] = dataclasses.field(default_factory=list)
     # By role: sums of squares that are known from elsewhere.
@@ -75,20 +83,27 @@ class Site:
         """The backward factor at the output."""
         return self.n / self.moments_out.q
 
-    def met(self, moments: Moments, times: float) -> Positive:
+    def met(self, moments: Moments, times: float, units: int) -> Positive:
         """The mean square of `sum_p g_p x_p` for cotangents `g` of mean square 1.
 
-        Terms are unrelated, but for what all positions have in common in both: it adds
-        up, so that its square is `times` as large. Where cotangents have mean zero over
-        the batch, they meet nothing of what inputs have in common.
+        Terms are unrelated, but for what all positions have in common in both, and what
+        goes with the signal: it adds up, so that its square is `times` as large. Where
+        cotangents have mean zero over the batch, they meet nothing of what inputs have
+        in common.
 
         Args:
           moments: those of `x`.
           times: the number of terms.
+          units: how many of `x` a unit of the output is made of. Each has so small a
+            share of what goes with that.
         """
         if self.centred:
-            return self._added_up(moments.variance, moments.along, times)
-        return self._added_up(moments.q, moments.common, times)
+            met = self._added_up(moments.variance, moments.along, times)
+        else:
+            met = self._added_up(moments.q, moments.common, times)
+        if self.aligned is None or times <= 1:
+            return met
+        return met + self.aligned * moments.variance * (times * (times - 1.0) / units)
 
     def added(self, times: float) -> Positive:
         """The mean square of `sum_p g_p`, as in `met`."""
@@ -307,6 +322,20 @@ class Link:
         del arm
         return here.common
 
+    def aligned_below(self, here: Site) -> Positive | None:
+        """The squared correlation of cotangent and signal at its input.
+
+        Over the positions of one input. None is zero, as where units are mixed;
+        `here.aligned` where each is shifted or multiplied.
+        """
+        del here
+        return None
+
+    def arm_aligned(self, here: Site, arm: int) -> Positive | None:
+        """The same at the output of an arm."""
+        del here, arm
+        return None
+
     def centres(self, here: Site) -> bool:
         """Whether what it hands back has mean zero over the batch, for every unit.
 
@@ -323,6 +352,11 @@ class Link:
         """
         del has_bias
         return False
+
+    def why_approximate(self, here: Site) -> str:
+        """Why scales may be far off at this place, for `describe`; empty if not."""
+        del here
+        return self.approximate
 
     def elementwise(self, here: Site) -> Elementwise | None:
         """The link as a function of each value; None for what mixes coordinates.

@@ -102,7 +102,7 @@ class _Normalisation(Link):
         remaining = self.remaining(here)
         return (
             self.unit(here)
-            * here.met(remaining, here.positions_out)
+            * here.met(remaining, here.positions_out, 1)
             / (remaining.variance if here.centred else remaining.q)
         )
 
@@ -110,6 +110,9 @@ class _Normalisation(Link):
         # BM (36), LH (24): signal and gradient are divided by the same deviation.
         gain = self.unit(here) / self.remaining(here).q
         return gain * self.scale_square(here) if "scale" in here.params else gain
+
+    def aligned_below(self, here: Site) -> Positive | None:
+        return here.aligned
 
     def scale_square(self, here: Site) -> Positive:
         """The mean square of what the normalised signal is multiplied by."""
@@ -146,6 +149,10 @@ class BatchNorm(_Normalisation):
     def centres(self, here: Site) -> bool:
         del here
         return True
+
+    def aligned_below(self, here: Site) -> Positive | None:
+        del here
+        return None  # what goes with the signal is taken away, as the mean is
 
     def takes_away_norm(self, has_bias: bool) -> bool:
         del has_bias  # it goes with the mean
@@ -216,6 +223,11 @@ class GroupNorm(_Normalisation):
             return Moments(here.moments.variance, along=here.moments.along)
         spread = spread * (1.0 - 1.0 / units)
         return Moments(here.moments.variance, spread, along=here.moments.along)
+
+    def aligned_below(self, here: Site) -> Positive | None:
+        # What goes with the signal of a whole group is taken away.
+        share = self.num_groups / here.fan_in
+        return here.aligned and here.aligned * (1.0 - share) if share < 1.0 else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

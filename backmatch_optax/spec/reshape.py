@@ -302,6 +302,9 @@ class Resize(Link):
             )
         return (*self.shape, input_shape[-1])
 
+    def why_approximate(self, here: Site) -> str:
+        return "" if here.positions_in == 1 else self.approximate
+
     def moments_after(self, here: Site) -> Moments:
         if here.mean_field and here.positions_in == 1:  # the same everywhere
             return dataclasses.replace(here.moments, along=here.moments.variance)

@@ -51,15 +51,17 @@ class UNet(nn.Module):
     """Skips from the way down to the way up, Ronneberger et al. (2015)."""
 
     upsampling: str
+    features: int = 24
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """What it makes of a batch."""
-        a = self.layer(x, 24)
-        b = self.layer(nn.max_pool(a, (2, 2), (2, 2)), 48)
-        c = self.layer(nn.max_pool(b, (2, 2), (2, 2)), 96)
-        b = self.layer(jnp.concatenate([self.grow(c, 48), b], axis=-1), 48)
-        a = self.layer(jnp.concatenate([self.grow(b, 24), a], axis=-1), 24)
+        few, more = self.features, 2 * self.features
+        a = self.layer(x, few)
+        b = self.layer(nn.max_pool(a, (2, 2), (2, 2)), more)
+        c = self.layer(nn.max_pool(b, (2, 2), (2, 2)), 2 * more)
+        b = self.layer(jnp.concatenate([self.grow(c, more), b], axis=-1), more)
+        a = self.layer(jnp.concatenate([self.grow(b, few), a], axis=-1), few)
         return nn.Conv(3, (1, 1))(a)
 
     def layer(self, x: jax.Array, features: int) -> jax.Array:
@@ -122,6 +124,45 @@ class TextToImage(Diffusion):
         h = h + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(h), text)
         inner = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(h)))
         return (h + nn.Dense(x.shape[-1])(inner)).reshape(x.shape)
+
+
+class JoinedText(nn.Module):
+    """Tokens of a text beside those of an image, of which only the latter are read."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, text: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Conv(32, (4, 4), strides=4)(x)
+        x = x.reshape(x.shape[0], -1, 32)
+        positions = x.shape[1]
+        x = jnp.concatenate([x, nn.Embed(64, 32)(text)], axis=1)
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(48)(nn.LayerNorm()(x[:, :positions]))
+
+
+class Film(nn.Module):
+    """A convolution modulated by a class, a ReLU and a mean, Perez et al. (2018)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, label: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        gate = nn.Dense(32)(nn.Embed(64, 32)(label))
+        x = nn.relu(nn.Conv(32, (3, 3))(x) * (1 + gate[:, None, None]))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class WeightedPositions(nn.Module):
+    """A mean over positions with a learned weight for each."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.relu(nn.Conv(32, (3, 3))(x))
+        x = x.reshape(x.shape[0], -1, 32)
+        weight = self.param("scale", nn.initializers.normal(1.0), (x.shape[1], 1))
+        return nn.Dense(10)((x * weight).mean(1))
 
 
 class DiffusionTransformer(nn.Module):

@@ -1,8 +1,8 @@
 """Which model families have a chain, and how far its scales are from measured ones.
 
 Small versions of each, with random weights and random data. The worst ratio is the
-largest factor, over all kernels and tables, by which a declared scale is off from a
-measured one, with mean-field gains.
+largest factor by which a declared scale is off from a measured one, with mean-field
+gains: over all kernels, tables and learned arrays, and over those of normalisations.
 
     python -m examples.studies.which_models
 """
@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
     "ResNet (Flax's imagenet)": (families.ResNet(), "Linen", (IMAGES,)),
     "DenseNet": (families.DenseNet(), "Linen", (IMAGES,)),
     "U-Net, nearest": (families.UNet("nearest"), "Linen", (IMAGES,)),
+    "U-Net, nearest, 8 features": (families.UNet("nearest", 8), "Linen", (IMAGES,)),
     "U-Net, bilinear": (families.UNet("bilinear"), "Linen", (IMAGES,)),
     "U-Net, transposed": (families.UNet("transposed"), "Linen", (IMAGES,)),
     "diffusion, time and class": (
@@ -45,6 +46,14 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
         (IMAGES, TIME, TOKENS),
     ),
     "DiT": (families.DiffusionTransformer(), "Linen", (IMAGES, TIME, LABEL)),
+    "text joined to an image": (families.JoinedText(), "Linen", (IMAGES, TOKENS)),
+    "FiLM, 6 x 6": (families.Film(), "Linen", ((6, 6, 3), LABEL)),
+    "FiLM, 24 x 24": (families.Film(), "Linen", ((24, 24, 3), LABEL)),
+    "weights for 8 x 8 positions": (
+        families.WeightedPositions(),
+        "Linen",
+        ((8, 8, 3),),
+    ),
     "MobileNetV3": (
         families.MobileNet(nn.hard_swish, nn.hard_sigmoid),
         "Linen",
@@ -119,8 +128,10 @@ def compared(
     chain: spec.LayerChain,
     inputs: Sequence[jax.Array],
     told: list[str] | None = None,
-) -> tuple[float, str]:
-    """The largest factor by which a scale is off, and of which layer.
+) -> dict[str, tuple[float, str]]:
+    """The largest factor by which a scale is off, and of which layer, by kind.
+
+    The kinds are `"kernels"`, with tables and learned arrays, and `"norms"`.
 
     Args:
       model: a Linen module, or the class of an NNX one.
@@ -150,13 +161,13 @@ def compared(
     ratios = bmo.compare_scales(
         chain, params, fn, *inputs, key=jax.random.key(2)
     ).ratios
-    factors = {
-        path: max(ratio, 1 / ratio)
-        for path, ratio in ratios.items()
-        if ratio and "norm" not in path.lower()
-    }
-    worst = max(factors, key=lambda path: factors[path])
-    return factors[worst], worst
+    worst: dict[str, tuple[float, str]] = {}
+    for path, ratio in ratios.items():
+        if ratio:
+            kind = "norms" if "norm" in path.lower() else "kernels"
+            found = max(ratio, 1 / ratio), path
+            worst[kind] = max(worst.get(kind, found), found)
+    return worst
 
 
 def named_blocks(refusal: ValueError) -> str:
@@ -182,16 +193,19 @@ def row(name: str, batch: int) -> str:
         told = named_blocks(error)
         if not told:
             return (
-                f"| {name} | {library} | refused: {reason}; only measured scales | | "
+                f"| {name} | {library} | refused: {reason}; only measured scales | | | "
                 f"{seconds:.1f} |"
             )
         needs = f", with `blocks={told}`; else refused: {reason}"
         blocks = eval(told, {"spec": spec})  # as a person would paste it
         chain = bmo.infer_spec(abstract, *inputs, blocks=blocks)
-    factor, path = compared(model, chain, inputs)
+    found = compared(model, chain, inputs)
     links = f"{links_in(chain.layers)}{needs}"
-    worst = f"{factor:.3g} (`{path}`)"
-    return f"| {name} | {library} | {links} | {worst} | {seconds:.1f} |"
+    worst = {kind: f"{factor:.3g} (`{path}`)" for kind, (factor, path) in found.items()}
+    return (
+        f"| {name} | {library} | {links} | {worst['kernels']} | "
+        f"{worst.get('norms', '')} | {seconds:.1f} |"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> list[str]:
@@ -206,8 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> list[str]:
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
     lines = [
-        "| model | library | links | worst ratio | seconds to infer |",
-        "|---|---|---|---|---|",
+        "| model | library | links | worst ratio | of norms | seconds to infer |",
+        "|---|---|---|---|---|---|",
     ]
     for name in tqdm(options.models, unit="model"):
         lines.append(row(name, options.batch_size))

@@ -66,6 +66,93 @@ def test_terms_add_up_where_all_positions_get_the_same(name):
     )
 
 
+@pytest.mark.parametrize("positions", [1, 2, 100])
+def test_behind_a_relu_cotangents_go_with_the_signal(positions):
+    # The derivative of `mean(relu(g x))` by `g` is the mean of `x` where it is
+    # positive: `E x^2 = 1 / 2` and `(E x)^2 = 1 / (2 pi)`.
+    links = [spec.LayerScale("g"), RELU, POOL]
+    chain = spec.LayerChain(links, input_shape=(positions, 4))
+    params = {"g": jnp.ones(4)}
+    scales = bmo.layer_scales(chain, params, gains="mean_field", normalize=False)
+    square = (1 / 2 + (positions - 1) / (2 * np.pi)) / positions
+    np.testing.assert_allclose(scales["g"], 1 / square, rtol=1e-3)
+
+
+class Modulated(nn.Module):
+    """A signal multiplied and shifted by what a label says, then a ReLU."""
+
+    @nn.compact
+    def __call__(self, label, x):
+        known = nn.Embed(8, 24, name="embed")(label)
+        shift = nn.Dense(32, name="shift")(known)[:, None]
+        x = nn.Dense(32, name="dense")(x) * nn.Dense(32, name="gate")(known)[:, None]
+        return nn.Dense(8, name="head")(nn.relu(x + shift).mean(1))
+
+
+def test_a_gate_for_all_positions_gets_what_adds_up():
+    links = [
+        spec.Embed("embed"),
+        spec.Memory(
+            [
+                spec.Input((60, 16)),
+                spec.Dense("dense"),
+                spec.Gate([], [spec.Recall((24,)), spec.Dense("gate")]),
+                spec.Residual(
+                    [],
+                    [
+                        spec.Recall((24,)),
+                        spec.Dense("shift"),
+                        spec.Reshape((1, 32)),
+                        spec.Resize((60,)),
+                    ],
+                ),
+                RELU,
+                POOL,
+                spec.Dense("head"),
+            ]
+        ),
+    ]
+
+    def draw(key: jax.Array) -> Any:
+        return jax.random.randint(key, (), 0, 8), jax.random.normal(key, (60, 16))
+
+    for path, ratio in agreement(Modulated(), links, draw, draws=60).items():
+        assert 0.6 < ratio < 1.6, (path, ratio)
+
+
+class Normed(nn.Module):
+    """Three convolutions, each with a normalisation and a ReLU, then a mean."""
+
+    norm: str
+
+    @nn.compact
+    def __call__(self, x):
+        norm: Any = {
+            "batch": nn.BatchNorm(False),
+            "group": nn.GroupNorm(4),
+            "layer": nn.LayerNorm(),
+        }[self.norm]
+        for features in (16, 32, 32):
+            x = nn.relu(norm.copy()(nn.Conv(features, (3, 3))(x)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+def test_the_scales_of_normalisations_below_a_mean_are_as_measured(norm):
+    model, x = Normed(norm), jax.random.normal(jax.random.key(1), (32, 12, 12, 3))
+    variables: Any = model.init(jax.random.key(0), x)
+    params, others = variables["params"], {**variables}
+    del others["params"]
+
+    def fn(params: Any, x: jax.Array) -> Any:
+        return model.apply({"params": params, **others}, x, mutable=[*others])[0]
+
+    chain = bmo.infer_spec(model, x)
+    found = bmo.compare_scales(chain, params, fn, x, key=jax.random.key(2))
+    for path, ratio in found.ratios.items():
+        assert 0.4 < ratio < 2.6, (path, ratio)
+
+
 class Dense(nn.Module):
     """Branches of different sizes, side by side below a BatchNorm."""
 

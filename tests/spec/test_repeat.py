@@ -38,6 +38,7 @@ LAYERS: dict[str, Sequence[spec.Link]] = {
     "branch": [spec.Residual([spec.Dense("up"), RELU, spec.Dense("down")])],
     "batch_norm": [spec.Dense("square"), spec.BatchNorm("ln1"), TANH],
     "batch_norm_first": [spec.BatchNorm("ln1"), TANH, spec.Dense("square")],
+    "norm_last": [GELU, spec.Dense("square"), spec.LayerNorm("ln1")],
     "layer_norm": [spec.LayerNorm("ln1"), spec.Dense("square")],
     "gated": GATED,
     "transformer": ATTENTION,
@@ -214,7 +215,7 @@ def test_each_layer_counts_in_the_mean_with_its_own_entries(gains, options):
 AVERAGED = [spec.GlobalAvgPool(), HEAD]
 
 
-@pytest.mark.parametrize("name", ["mlp", "batch_norm", "transformer"])
+@pytest.mark.parametrize("name", ["mlp", "batch_norm", "norm_last", "transformer"])
 def test_what_positions_have_in_common_is_handed_on(name):
     # Below a mean over positions each gets the same cotangent.
     layer = LAYERS[name]
