@@ -42,9 +42,7 @@ class Site:
     mean_field: bool = False  # exact Gaussian gains instead of the papers'
     norm_floor: jax.typing.ArrayLike = 0.0  # the least a norm counts as below a line
     centred: bool = False  # whether cotangents at the output have mean zero
-    balanced: bool = (
-        False  # whether a BatchNorm above sees to that, whatever is between
-    )
+    balanced: bool = False  # whether what positions have in common of them has
     divided: bool = False  # whether all that follows divides each feature by its size
     moments: Moments = dataclasses.field(default_factory=lambda: Moments(number(1.0)))
     arm_moments: Sequence[Moments] = ()  # at the outputs of the arms
@@ -95,7 +93,7 @@ class Site:
           moments: those of `x`.
           times: the number of terms.
           units: how many of `x` a unit of the output is made of. Each has so small a
-            share of what goes with that.
+            share of what goes with it.
         """
         if self.centred:
             met = self._added_up(moments.variance, moments.along, times)
