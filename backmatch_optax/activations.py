@@ -106,6 +106,18 @@ def slope_in_common(name: str, before: Moments) -> Positive:
     return _in_common(name, before, unit)[1]
 
 
+def straight(after: Moments) -> Positive:
+    """The part of a signal's second moment that goes with the Gaussian it was before.
+
+    `v (E phi'(x))^2` behind an activation, the variance without one.
+    """
+    if after.activated is None:
+        return after.variance
+    name, before = after.activated
+    _, gain = after_activation(name, before)
+    return before.variance * gain * slope_in_common(name, before)
+
+
 def aligned_slope(name: str, before: Moments) -> Positive:
     """The squared correlation of `phi'(x)` with `x` over the positions of an input.
 

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from backmatch_optax.activations import straight
 from backmatch_optax.moments import Moments, beside
 from backmatch_optax.numerics import wide
 from backmatch_optax.powers import Positive, measured, number
 from backmatch_optax.spec import crossterms
+from backmatch_optax.spec.elementwise import Activation
 from backmatch_optax.spec.link import (
     Elementwise,
     Link,
@@ -346,7 +348,20 @@ class Gate(Link):
         branch, gate = here.arm_moments
         if math.prod(here.arm_shapes[1][:-1]) == 1:
             gate = dataclasses.replace(gate, along=gate.variance)
-        return branch.times(gate)
+        product = branch.times(gate)
+        inputs = self._seen_twice(here)
+        if not here.mean_field or not inputs:
+            return product
+        return product.with_spread(straight(branch) * straight(gate) / inputs)
+
+    def _seen_twice(self, here: Site) -> int:
+        """How many inputs both kernels of a gated layer see; 0 where it is none.
+
+        The two values of a unit are correlated, by the root of one over that number, so
+        that their product has a mean, and each is a part of what the other is handed.
+        """
+        first, second = map(_one_kernel, here.arms.values())
+        return first if first == second else 0
 
     def m_arm(self, here: Site, arm: int) -> Positive:
         shape = here.arm_shapes[arm]
@@ -368,7 +383,10 @@ class Gate(Link):
     def arm_aligned(self, here: Site, arm: int) -> Positive | None:
         # A factor that is the same at all positions changes no correlation.
         repeated = math.prod(here.arm_shapes[1 - arm][:-1]) == 1
-        return here.aligned if repeated else None
+        if repeated or here.common is None or not self._seen_twice(here):
+            return here.aligned if repeated else None
+        other = here.arm_moments[1 - arm]
+        return here.common * straight(other) / other.q
 
     def centres(self, here: Site) -> bool:
         del here
@@ -434,6 +452,18 @@ class Outputs(Link):
 
     def m_arm(self, here: Site, arm: int) -> Positive:
         return number(1.0 if self.weights is None else self.weights[arm])
+
+
+def _one_kernel(arm: Sequence[Site]) -> int:
+    """How many inputs a unit has, of an arm that is a kernel and maybe an activation.
+
+    Of any other arm 0.
+    """
+    if not arm or "kernel" not in arm[0].params:
+        return 0
+    if not all(isinstance(site.link, Activation) for site in arm[1:]):
+        return 0
+    return arm[0].params["kernel"].size // arm[0].fan_out
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import operator
 
 from backmatch_optax.activations import (
     activation,
@@ -93,10 +95,13 @@ class Activation(Link):
         return here.common * slope_in_common(self.name, here.moments)
 
     def aligned_below(self, here: Site) -> Positive | None:
-        # The same for all inputs: what they have in common adds up to zero.
-        if here.common is None or here.balanced:
-            return None
-        return here.common * aligned_slope(self.name, here.moments)
+        found = []
+        # The same for all inputs: what they have in common may add up to zero.
+        if here.common is not None and not here.balanced:
+            found.append(here.common * aligned_slope(self.name, here.moments))
+        if here.aligned is not None:
+            found.append(here.aligned * slope_in_common(self.name, here.moments))
+        return functools.reduce(operator.add, found) if found else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -58,6 +58,11 @@ class _Linear(Link):
         kernel = here.params["kernel"].shape
         return here.met(self.seen(here), self.uses(here), math.prod(kernel[:-1]))
 
+    def aligned_below(self, here: Site) -> Positive | None:
+        # What goes with an output is a part of what each of its inputs is handed.
+        kernel = here.params["kernel"].shape
+        return here.aligned and here.aligned * (1.0 / math.prod(kernel[:-1]))
+
     def m_z(self, here: Site) -> Positive:
         # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by
         # input features, over BM's c = positions_in / uses.

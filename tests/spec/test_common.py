@@ -39,6 +39,12 @@ def attended(x: jax.Array) -> jax.Array:
     return x + nn.MultiHeadDotProductAttention(2, name="b")(x, x)
 
 
+def gated(x: jax.Array) -> jax.Array:
+    x = nn.Dense(24, name="a")(x)
+    x = nn.silu(nn.Dense(48, name="b")(x)) * nn.Dense(48, name="c")(x)
+    return nn.Dense(32, name="d")(x)
+
+
 CASES: dict[str, tuple[Any, list[spec.Link]]] = {
     "kernels behind activations": (
         mlp,
@@ -64,6 +70,15 @@ def test_terms_add_up_where_all_positions_get_the_same(name):
     assert (
         max(1 / ratio for path, ratio in without.items() if "key/bias" not in path) > 4
     )
+
+
+def test_two_kernels_that_see_one_signal_are_not_unrelated():
+    gate = spec.Gate([spec.Dense("b"), spec.Activation("silu")], [spec.Dense("c")])
+    links = [spec.Dense("a"), gate, spec.Dense("d"), POOL, spec.Dense("head")]
+    # With unrelated terms they would be at 0.24.
+    ratios = agreement(Pooled(gated), links, normal(64, 32), draws=30)
+    for layer in ("b", "c", "d", "head"):
+        assert 0.55 < ratios[f"{layer}/kernel"] < 1.5, ratios
 
 
 @pytest.mark.parametrize("positions", [1, 2, 100])
