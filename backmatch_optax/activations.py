@@ -95,15 +95,14 @@ def _maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive
         raise ValueError(f"{name!r} passes on neither signal nor gradient")
     moments = Moments(variance, spread, offset) * unit
     if before.along is not None and window == 1:
-        along = _in_common(name, before, unit)[0] * unit
+        along = _in_common(name, before)[0] * unit
         moments = dataclasses.replace(moments, along=along)
     return dataclasses.replace(moments, activated=Activated(name, before)), gain
 
 
 def slope_in_common(name: str, before: Moments) -> Positive:
     """The share of `E phi'(x)^2` that all positions of an input have in common."""
-    unit = before.q if name in _HOMOGENEOUS else number(1.0)
-    return _in_common(name, before, unit)[1]
+    return _in_common(name, before)[1]
 
 
 def straight(after: Moments) -> Positive:
@@ -123,15 +122,21 @@ def aligned_slope(name: str, before: Moments) -> Positive:
 
     Where the cotangent above is the same at all of them.
     """
-    unit = before.q if name in _HOMOGENEOUS else number(1.0)
-    return _in_common(name, before, unit)[2]
+    return _in_common(name, before)[2]
 
 
-def _in_common(name: str, before: Moments, unit: Positive) -> list[Positive]:
+def _in_common(name: str, before: Moments) -> list[Positive]:
     """What positions have in common of the outputs' variance, and of the slopes.
 
     And how far the slopes go with the signal.
     """
+    if name not in before.commons:
+        before.commons[name] = _commons_of(name, before)
+    return before.commons[name]
+
+
+def _commons_of(name: str, before: Moments) -> list[Positive]:
+    unit = before.q if name in _HOMOGENEOUS else number(1.0)
     parts = (before.variance, before.spread, before.offset, before.along)
     sizes = [None if part is None else part / unit for part in parts]
     known = [size for size in sizes if size is not None]

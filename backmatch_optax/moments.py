@@ -50,6 +50,11 @@ class Moments:
         return {}
 
     @functools.cached_property
+    def commons(self) -> dict[str, list[Positive]]:
+        """What positions have in common behind activations, by name; as above."""
+        return {}
+
+    @functools.cached_property
     def mean_square(self) -> Positive | None:
         """The mean square of the units' means."""
         return _sum_of_known(self.spread, self.offset)

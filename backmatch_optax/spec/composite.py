@@ -382,9 +382,10 @@ class Gate(Link):
 
     def arm_aligned(self, here: Site, arm: int) -> Positive | None:
         # A factor that is the same at all positions changes no correlation.
-        repeated = math.prod(here.arm_shapes[1 - arm][:-1]) == 1
-        if repeated or here.common is None or not self._seen_twice(here):
-            return here.aligned if repeated else None
+        if math.prod(here.arm_shapes[1 - arm][:-1]) == 1:
+            return here.aligned
+        if here.common is None or not self._seen_twice(here):
+            return None
         other = here.arm_moments[1 - arm]
         return here.common * straight(other) / other.q
 
@@ -463,7 +464,7 @@ def _one_kernel(arm: Sequence[Site]) -> int:
         return 0
     if not all(isinstance(site.link, Activation) for site in arm[1:]):
         return 0
-    return arm[0].params["kernel"].size // arm[0].fan_out
+    return arm[0].unit_inputs
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

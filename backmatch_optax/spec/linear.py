@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 from backmatch_optax.moments import Moments
@@ -55,13 +54,11 @@ class _Linear(Link):
         # above has left in `m`. With the papers' gains all of q is variance.
         if role != "kernel":
             return here.added(here.positions_out)
-        kernel = here.params["kernel"].shape
-        return here.met(self.seen(here), self.uses(here), math.prod(kernel[:-1]))
+        return here.met(self.seen(here), self.uses(here), here.unit_inputs)
 
     def aligned_below(self, here: Site) -> Positive | None:
         # What goes with an output is a part of what each of its inputs is handed.
-        kernel = here.params["kernel"].shape
-        return here.aligned and here.aligned * (1.0 / math.prod(kernel[:-1]))
+        return here.aligned and here.aligned * (1.0 / here.unit_inputs)
 
     def m_z(self, here: Site) -> Positive:
         # BM (34) and (35): ||W_col||^2_{2,mu}, the norm of the kernel's rows counted by

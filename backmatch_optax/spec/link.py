@@ -125,6 +125,11 @@ class Site:
         return self.output_shape[-1]
 
     @property
+    def unit_inputs(self) -> int:
+        """Inputs that a unit of a kernel's output is made of, kernel taps included."""
+        return self.params["kernel"].size // self.fan_out
+
+    @property
     def positions_in(self) -> int:
         """Positions of the input."""
         return math.prod(self.input_shape[:-1])

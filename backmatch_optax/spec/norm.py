@@ -226,8 +226,8 @@ class GroupNorm(_Normalisation):
 
     def aligned_below(self, here: Site) -> Positive | None:
         # What goes with the signal of a whole group is taken away.
-        share = self.num_groups / here.fan_in
-        return here.aligned and here.aligned * (1.0 - share) if share < 1.0 else None
+        left = 1.0 - self.num_groups / here.fan_in
+        return here.aligned * left if here.aligned and left else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
