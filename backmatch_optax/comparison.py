@@ -195,7 +195,7 @@ def _suspects(
     reached = [
         (path, index)
         for (path, ratio), index in zip(ratios.items(), owners, strict=True)
-        if ratio > 0 and main_path(sites[index]) != f"{path_of(sites[index])}/scale"
+        if ratio > 0 and next(iter(sites[index].params)) != "scale"
     ]
     suspects = {}
     for (lower, first), (upper, last) in itertools.pairwise(reached):

@@ -18,11 +18,11 @@ from backmatch_optax.numerics import frobenius_norm, scaled, wide
 from backmatch_optax.parameters import (
     check_chain,
     is_leafless,
-    join,
     locate,
     refuse_parts,
     text,
 )
+from backmatch_optax.scales import param_path
 from backmatch_optax.spec.link import Site, kind_of
 
 
@@ -248,7 +248,7 @@ def _before_norms(sites: Sequence[Site]) -> Iterator[tuple[str, int]]:
         elsewhere = bool(site.uses)  # where its norm may matter
         has_kernel = "kernel" in site.params and not (link.owns_subtree or elsewhere)
         if has_kernel and above.link.takes_away_norm("bias" in site.params):
-            yield join(link.path, "kernel"), len(site.stacked)
+            yield param_path(site, "kernel"), len(site.stacked)
     for site in sites:
         for arm in site.arms.values():
             yield from _before_norms(arm)

@@ -102,11 +102,12 @@ def masked_text(path: str) -> str:
 class ParamPaths:
     """The parameters of a tree by path text."""
 
-    def __init__(self, params: optax.Params):
+    def __init__(self, params: optax.Params, declared: Iterable[str] = ()):
         self.leaves: dict[str, Any] = {}
         self._keys: dict[str, KeyPath] = {}
         self._below: dict[str, list[str]] = {}
         self.unclaimed: dict[str, None] = {}  # in order
+        self.declared = frozenset(declared)
         self.first_uses: dict[str, Site] = {}  # of a declared path
         entries = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_masked)[0]
         for key_path, leaf in entries:
@@ -235,7 +236,7 @@ def locate(
     check_chain(spec)
     if unlisted not in ("error", "identity"):
         raise ValueError(f"unlisted (={unlisted!r}) must be 'error' or 'identity'")
-    paths = ParamPaths(params)
+    paths = ParamPaths(params, spec.paths)
     sites = _locate_links(spec.layers, "layers", tuple(spec.input_shape), None, paths)
     if paths.unclaimed and unlisted == "error":
         raise ValueError(
@@ -286,7 +287,8 @@ def _locate_links(
                     f"its chain puts out shape {after}, but each of its {link.n} "
                     "layers takes what the one before puts out"
                 )
-        site = Site(link, label, shape, after, params, arms, stacked)
+        is_array = path is not None and path in paths.leaves
+        site = Site(link, label, shape, after, params, arms, stacked, is_array)
         if isinstance(link, _spec.Memory):
             with _naming(place, link, source, shape):
                 link.bind(site, [*every(arms["links"])])
@@ -338,9 +340,15 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
             raise ValueError(paths.missing(path))
         return paths.subtree(path)
     params = {}
-    for role in link.roles:
-        leaf = paths.claim(join(path, role))
-        if leaf is not None and not role and path not in paths.leaves:
+    is_array = path in paths.leaves
+    for role in link.roles[:1] if is_array else link.roles:
+        place = path if is_array else join(path, role)
+        if place != path and place in paths.declared:  # a bias that is added later
+            if role in link.required_roles:
+                raise ValueError(f"its {role} {place!r} is declared by itself as well")
+            continue
+        leaf = paths.claim(place)
+        if leaf is not None and not role and not is_array:
             raise ValueError(
                 f"path (={path!r}) must be the array's own, {listed(paths.below(path))}"
             )

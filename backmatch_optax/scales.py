@@ -186,15 +186,19 @@ def path_of(site: Site) -> str:
 
 def main_path(site: Site) -> str:
     """The path of the parameter whose scale stands for a layer; of a Block its own."""
-    if site.link.owns_subtree:
-        return path_of(site)
-    return join(path_of(site), next(iter(site.params)))
+    return param_path(site, next(iter(site.params)))
+
+
+def param_path(site: Site, role: str) -> str:
+    """The path of one of a site's parameters; of a Block its own."""
+    whole = site.is_array or site.link.owns_subtree
+    return path_of(site) if whole else join(path_of(site), role)
 
 
 def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:
     """Path, site and role of all that has a scale; a Block is one, with the role ""."""
     for site, role in scaled_roles(sites):
-        yield join(path_of(site), role), site, role
+        yield param_path(site, role), site, role
 
 
 def _leaves(site: Site, role: str) -> list[Any]:

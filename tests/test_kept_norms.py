@@ -192,6 +192,21 @@ def test_kernels_inside_residual_branches_keep_their_norm_too():
     assert ratio["b"] != pytest.approx(4, rel=1e-2)
 
 
+def test_a_kernel_of_another_name_keeps_its_norm():
+    links = [spec.Dense("w"), spec.BatchNorm(), spec.Dense("head")]
+    tx = bmo.keep_norms(
+        bmo.backmatch_sgd(0.1, spec.LayerChain(links, input_shape=(8,))),
+        spec.LayerChain(links, input_shape=(8,)),
+    )
+    params = {"w": 3 * jnp.eye(8), "head": {"kernel": jnp.eye(8)}}
+    gradient = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    after: Any = optax.apply_updates(params, updates)
+    norm = jnp.linalg.norm
+    np.testing.assert_allclose(norm(after["w"]), norm(params["w"]), rtol=1e-6)
+    assert norm(after["head"]["kernel"]) != norm(params["head"]["kernel"])
+
+
 def test_it_is_an_ordinary_transformation():
     params = {
         "fc1": {"kernel": jnp.ones((5, 8))},

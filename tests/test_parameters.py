@@ -67,8 +67,8 @@ PLACEMENT: dict[str, Callable[[], Declared]] = {
     ),
     "path of an array": lambda: (
         chain(spec.Dense("fc1/kernel"), spec.Dense("fc2")),
-        PARAMS,
-        r"no parameter at 'fc1/kernel/kernel'. Did you mean 'fc1/kernel'",
+        {**PARAMS, "fc1": {"kernel": array(4, 8), "bias": array(8)}},
+        r"spec: no declared layer covers 'fc1/bias'. Declared: 'fc1/kernel', 'fc2'",
     ),
     "variables for params": lambda: (
         FIT,
@@ -84,11 +84,6 @@ PLACEMENT: dict[str, Callable[[], Declared]] = {
         FIT,
         {},
         r"no parameter at 'fc1/kernel'.*Available: none",
-    ),
-    "bare array": lambda: (
-        chain(spec.Dense("")),
-        array(4, 8),
-        r"no parameter at 'kernel'.*Available: ''",
     ),
     "dense with a convolution's kernel": lambda: (
         image_chain(spec.Dense("conv")),
@@ -304,6 +299,16 @@ PLACEMENT: dict[str, Callable[[], Declared]] = {
         chain(spec.Dense("fc1"), spec.BatchNorm("norm")),
         {"fc1": {"kernel": array(4, 8)}, "norm": {"scale": array(6)}},
         r"'norm'.* scale has shape \(6,\), but expected \(8,\)",
+    ),
+    "kernel that is declared twice": lambda: (
+        chain(spec.Dense("fc1"), spec.Dense("fc1/kernel")),
+        {"fc1": {"kernel": array(4, 4)}},
+        r"'fc1' \(layers\[0\]\): its kernel 'fc1/kernel' is declared by itself as well",
+    ),
+    "shape of a kernel at its own path": lambda: (
+        chain(spec.Dense("w1"), spec.Dense("w2")),
+        {"w1": array(4, 8), "w2": array(4, 2)},
+        r"'w2' \(layers\[1\]\): its kernel of shape \(4, 2\) takes 4 input features",
     ),
     "batch norm without parameters": lambda: (
         chain(spec.Dense("fc1"), spec.BatchNorm("norm")),

@@ -452,10 +452,11 @@ class Links:
         if path is not None:
             if self._is_used(path, step):
                 new = _spec.Tied([link])
-            found = {
-                role: self.context.params.get(join(path, role)) for role in link.roles
-            }
-            shapes = {role: shape for role, shape in found.items() if shape is not None}
+            known = self.context.params
+            places = {role: join(path, role) for role in link.roles}
+            if path in known:  # an array's own
+                places = {link.roles[0]: path}
+            shapes = {role: known[at] for role, at in places.items() if at in known}
         try:
             after = link.shape_after(self.shape, shapes)
         except (ValueError, KeyError) as error:

@@ -120,6 +120,16 @@ def rule(*primitives: str) -> Callable[[Any], Any]:
     return enter
 
 
+def layer_path(param: Node, name: str) -> str:
+    """The path of a layer that has a parameter of this name, or that of the parameter.
+
+    Flax's own layers have a `kernel` or an `embedding`. Of any other name it is a layer
+    by itself.
+    """
+    module, _, found = f"/{param.path}".rpartition("/")
+    return module[1:] if found == name else param.path
+
+
 def description(node: Node) -> str:
     """What a value is that the input does not reach."""
     if "random" in node.origins:

@@ -531,11 +531,7 @@ def _reason(node: Node) -> str:
         )
     if piece.leaves:
         paths = ", ".join(map(repr, piece.leaves))
-        return (
-            f"{node.op} combines the signal with {paths} in a way no link does. "
-            "Parameters are known by their names, as Flax gives them: 'kernel', "
-            "'bias', 'scale'"
-        )
+        return f"{node.op} combines the signal with {paths} in a way no link does"
     if piece.reduced:
         return f"{node.op} uses statistics of the signal as no normalisation does"
     return (

@@ -44,7 +44,8 @@ class DenseGeneral(Link):
     blocks. The zeros change none of the rules.
 
     Args:
-      path: where the layer's `kernel` and optional `bias` lie in the parameters.
+      path: where the layer's `kernel` and optional `bias` lie in the parameters, or
+        the path of the kernel itself.
       in_axis: which axes of the kernel are contracted with the input, an int or
         several; None for the first ones, as many as make up the input's features.
       batch_axis: which axes of the kernel the input and the output have, too.

@@ -46,7 +46,8 @@ class Embed(_Table):
     and nothing is handed on to an integer.
 
     Args:
-      path: where its `embedding`, of shape (tokens, features), lies in the parameters.
+      path: where its `embedding`, of shape (tokens, features), lies in the parameters,
+        or the path of the table itself.
 
     Raises:
       ValueError: where `path` is not a string of names joined by single slashes, or (at
@@ -92,7 +93,8 @@ class Unembed(_Table):
     table also embeds the input, the head is `Tied([Unembed(path)])`.
 
     Args:
-      path: where its `embedding`, of shape (tokens, features), lies in the parameters.
+      path: where its `embedding`, of shape (tokens, features), lies in the parameters,
+        or the path of the table itself.
 
     Raises:
       ValueError: where `path` is not a string of names joined by single slashes, or (at

@@ -75,7 +75,8 @@ class Dense(_Linear):
 
     Args:
       path: where the layer's `kernel` and optional `bias` lie in the parameters, such
-        as `"Dense_0"` or `"Head_0/Dense_1"`; `""` for the top of the tree.
+        as `"Dense_0"` or `"Head_0/Dense_1"`; `""` for the top of the tree. Or the path
+        of the kernel itself, whatever its name; see `Bias` for one with another name.
 
     Raises:
       ValueError: where `path` is not a string of names joined by single slashes.
@@ -141,7 +142,8 @@ class Conv(_Convolution):
     kernels of independent entries.
 
     Args:
-      path: where the layer's `kernel` and optional `bias` lie in the parameters.
+      path: where the layer's `kernel` and optional `bias` lie in the parameters, or
+        the path of the kernel itself.
       strides: an int for all dimensions, or one for each.
       padding: `"SAME"`, `"SAME_LOWER"`, `"VALID"`, `"CIRCULAR"`, `"REFLECT"`,
         `"CAUSAL"`, an int, or an int or a (low, high) pair for each dimension.
@@ -201,7 +203,7 @@ class ConvTranspose(_Convolution):
 
     Args:
       path: where the layer's `kernel`, of shape `(*window, in, out)`, and optional
-        `bias` lie in the parameters.
+        `bias` lie in the parameters, or the path of the kernel itself.
       strides: an int for all dimensions, or one for each; None is 1, as in Flax.
       padding: `"SAME"`, `"VALID"`, `"CIRCULAR"`, an int, or an int or a (low, high)
         pair for each dimension.

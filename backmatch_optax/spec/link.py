@@ -39,6 +39,7 @@ class Site:
     params: Mapping[str, Any]  # by role, "kernel"; a Block's are nested dicts
     arms: Mapping[str, list[Site]]  # of a link that holds chains itself
     stacked: Shape = ()  # axes before the parameters' own, one for each Repeat around
+    is_array: bool = False  # whether the link's path is that of its one parameter
     mean_field: bool = False  # exact Gaussian gains instead of the papers'
     norm_floor: jax.typing.ArrayLike = 0.0  # the least a norm counts as below a line
     centred: bool = False  # whether cotangents at the output have mean zero
@@ -245,7 +246,8 @@ class Link:
     """
 
     # The parameters it owns, by the names Flax gives them: the first decides the
-    # layer's own scale. Those in `required_roles` must be there.
+    # layer's own scale. Those in `required_roles` must be there. Where the link's path
+    # is that of an array, this is the first of them, whatever its name.
     roles: ClassVar[tuple[str, ...]] = ()
     required_roles: ClassVar[tuple[str, ...]] = ()
     owns_subtree: ClassVar[bool] = False  # every parameter below its path instead

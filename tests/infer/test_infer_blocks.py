@@ -125,11 +125,6 @@ def param(module: nn.Module, name: str, *shape: int) -> jax.Array:
     return module.param(name, nn.initializers.ones, shape)
 
 
-def tied(module: nn.Module, x: jax.Array) -> jax.Array:
-    kernel = param(module, "kernel", 6, 5)
-    return (x @ kernel) @ kernel.T
-
-
 def wavy(_: nn.Module, x: jax.Array) -> jax.Array:
     """A gate of waves, which no link describes."""
     gate = nn.Dense(6, name="gate")(x.mean((1, 2), keepdims=True))
@@ -173,11 +168,6 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         IMAGES,
         "cond is a branch on data",
     ),
-    "tied weights": (
-        tied,
-        (2, 6),
-        "kernel of dot_general is .* computed from 'kernel'",
-    ),
     "weight norm": (
         lambda _, x: nn.WeightNorm(nn.Dense(3, name="d"))(x),
         (2, 6),
@@ -201,11 +191,6 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         lambda _, x: nn.ConvLocal(4, (3, 3), name="c")(x),
         IMAGES,
         "in module 'c': the kernel of conv_general_dilated is an array",
-    ),
-    "parameter of another name": (
-        lambda module, x: x @ param(module, "w", 6, 3),
-        (2, 6),
-        "multiplies with 'w'.* call it 'kernel' in the model",
     ),
     "parameter along the positions": (
         lambda module, x: nn.tanh(x) + param(module, "bias", 6)[:, None],
@@ -437,18 +422,6 @@ def test_a_parameter_beside_modules_is_a_block_by_itself():
 
     chain = check(lambda _, x: Mixed(name="mixed")(x), jnp.ones((2, 6)))
     assert chain.paths == ("mixed/d", "mixed/gamma")
-
-
-def test_a_table_of_another_name():
-    def function(module: nn.Module, tokens: jax.Array) -> jax.Array:
-        return nn.Dense(3, name="d")(param(module, "table", 5, 6)[tokens])
-
-    (embed, dense) = check(function, jnp.zeros((2, 7), jnp.int32)).layers
-    assert isinstance(embed, spec.Block)
-    assert embed.output_shape == (7, 6)
-    # Each of 7 tokens meets one row of 5.
-    assert embed.weight_curvature == pytest.approx(7 / 5, rel=0.02)
-    assert dense == spec.Dense("d")
 
 
 def jacobian_numbers(function: Any, params: Any, x: jax.Array) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links.resize import nearest
-from backmatch_optax.infer.step import MEANINGS, Step, Unknown, rule
+from backmatch_optax.infer.step import MEANINGS, Step, Unknown, layer_path, rule
 
 
 @rule("gather")
@@ -16,8 +16,7 @@ def embedding(node: Node) -> Step:
     table, indices = node.operands
     if table.flows:
         return nearest(node)
-    path, _, name = f"/{table.path}".rpartition("/")
-    if table.op != "param" or name != "embedding" or not indices.flows:
+    if table.op != "param" or not indices.flows:
         raise Unknown(node, f"{node.op} is {MEANINGS[node.op]}")
     found = node.options["dimension_numbers"]
     rows = (found.collapsed_slice_dims, found.start_index_map)
@@ -36,4 +35,5 @@ def embedding(node: Node) -> Step:
         raise Unknown(
             node, f"{node.op} with {table.path!r} takes no row for each input"
         )
-    return Step(node, source, [_spec.Embed(path[1:])], opaque=True)
+    link = _spec.Embed(layer_path(table, "embedding"))
+    return Step(node, source, [link], opaque=True)

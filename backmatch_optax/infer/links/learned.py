@@ -10,7 +10,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.infer import layout
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.pieces import SIGNAL, Piece, all_entries
-from backmatch_optax.infer.step import Step, rule
+from backmatch_optax.infer.step import Step, layer_path, rule
 
 
 @rule()
@@ -75,10 +75,9 @@ def positions(node: Node) -> Step | None:
     try:
         if source.op == "gather" and source.operands[0].op == "param":
             table, indices = source.operands
-            path, _, name = f"/{table.path}".rpartition("/")
             rows = all_entries(indices)[..., 0]
             whole = source.shape == (*rows.shape, *table.shape[1:])
-            if name != "embedding" or len(table.shape) != 2 or not whole:
+            if len(table.shape) != 2 or not whole:
                 return None
             if rows.ndim == len(node.shape) - 1:  # one row for each example as well
                 if (rows != rows[:1]).any():
@@ -86,7 +85,8 @@ def positions(node: Node) -> Step | None:
                 rows = rows[0]
             if np.array_equal(rows, np.arange(table.shape[0])):
                 return Step(node, signal, [_spec.Bias(table.path)])
-            looked_up = [_spec.Input(rows.shape), _spec.Embed(path[1:])]
+            embed = _spec.Embed(layer_path(table, "embedding"))
+            looked_up = [_spec.Input(rows.shape), embed]
             return Step(node, signal, [_spec.Residual([], looked_up)])
         if len(sizes) > 1 and not added.origins - {"array"} and node.op != "add_any":
             values = all_entries(added)

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import layout
-from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.graph import Node, above
 from backmatch_optax.infer.links.attention import attention
 from backmatch_optax.infer.links.resize import interpolation
-from backmatch_optax.infer.step import Step, Unknown, description, rule
+from backmatch_optax.infer.step import (
+    Step,
+    Unknown,
+    description,
+    layer_path,
+    rule,
+)
 from backmatch_optax.infer.windows import CONV_PADDINGS, Window, short
 
 
-def _kernel_path(node: Node, name: str = "kernel") -> str:
+def _kernel_path(node: Node, kernel: Node) -> str:
     """The path of the layer whose kernel a linear operation multiplies with."""
-    signal, kernel = node.operands
-    if kernel.flows and node.op == "dot_general":
-        signal, kernel = kernel, signal
-    if kernel.flows:
-        raise Unknown(
-            node,
-            f"{node.op} multiplies the signal with {description(signal)} on its left",
-        )
     if kernel.op != "param":
         raise Unknown(node, f"the kernel of {node.op} is {description(kernel)}")
-    path, _, found = f"/{kernel.path}".rpartition("/")
-    if found != name:
-        raise Unknown(
-            node,
-            f"{node.op} multiplies with {kernel.path!r}. Parameters are known by their "
-            "names, as Flax gives them: call it 'kernel' in the model, and a bias "
-            "'bias', to make it a layer",
-        )
-    return path[1:]
+    return layer_path(kernel, "kernel")
 
 
 @rule("dot_general")
@@ -49,56 +38,34 @@ def dense(node: Node) -> Step:
         return resized
     which = int(node.operands[0].flows)  # of the operands is the kernel
     signal, kernel = node.operands[1 - which], node.operands[which]
-    contracted, batched = (tuple(map(tuple, o)) for o in layout.contracted(node))
-    table = kernel.operands[0] if kernel.op == "transpose" else kernel
-    if table.path.rpartition("/")[2] == "embedding" and len(table.shape) == 2:
-        # The rows of the table, transposed or not, are the new features.
-        over = (len(signal.shape) - 1,), (int(table is kernel),)
-        if which and (contracted, batched) == (over, ((), ())):
-            link = _spec.Unembed(table.path.rpartition("/")[0])
-            return Step(node, signal, [link], opaque=True)
-    path = _kernel_path(node)
-    count, last = len(contracted[0]), len(signal.shape)
-    over = (*range(last - count, last),), (*range(count),)
-    if not which or (contracted, batched) != (over, ((), ())):
-        return _contraction(node, signal, kernel, path, which)
-    plain = len(kernel.shape) == 2 and count == 1
-    link = _spec.Dense(path) if plain else _spec.DenseGeneral(path)
-    return Step(node, signal, [link], contracted=count, opaque=True)
-
-
-def _contraction(node: Node, signal: Node, kernel: Node, path: str, which: int) -> Step:
-    """`DenseGeneral` with the axes of its kernel in any order, as `Einsum` has them."""
-    contracted, batched = layout.contracted(node)
-    # The kernel's axes and the signal's, those that go along first.
-    pairs = [*zip(batched[which], batched[1 - which], strict=True)]
-    pairs += zip(contracted[which], contracted[1 - which], strict=True)
-    of_signal = dict(pairs)
-    if any(axis == 0 for axis in of_signal.values()):
+    (of_kernel, of_signal), (along_kernel, along_signal) = (
+        (pair[which], pair[1 - which]) for pair in layout.contracted(node)
+    )
+    order = (*range(len(kernel.shape)),)
+    if kernel.op == "transpose":
+        order, (kernel,) = kernel.options["permutation"], kernel.operands
+    path = _kernel_path(node, kernel)
+    # The kernel's own axes and the signal's, those that go along first.
+    along = {order[a]: b for a, b in zip(along_kernel, along_signal, strict=True)}
+    taken = {order[a]: b for a, b in zip(of_kernel, of_signal, strict=True)}
+    paired = along | taken
+    if 0 in paired.values() and len(signal.shape) > 1:
         raise Unknown(
             node, f"{node.op} with {path!r} is over the examples of the batch"
         )
-    rank = len(kernel.shape)
-    free = [axis for axis in range(rank) if axis not in of_signal]
-    features = [of_signal[axis] for axis in sorted(of_signal)]
+    features = [paired[axis] for axis in sorted(paired)]
     positions = [at for at in range(len(signal.shape)) if at not in features]
+    made = [axis for axis in sorted(order) if axis not in taken]
     # The axes of the node: those that go along, then the others of either operand.
-    sides = [[("kernel", axis) for axis in free], [("signal", at) for at in positions]]
-    found = [("kernel", axis) for axis in batched[which]]
-    found += itertools.chain(*(sides if which == 0 else reversed(sides)))
-    made = [axis for axis in range(rank) if axis not in contracted[which]]
-    own = [("signal", at) for at in positions] + [("kernel", axis) for axis in made]
-    axes = [tuple(sorted(taken)) for taken in (contracted[which], batched[which])]
-    first = axes[0] == (*range(len(axes[0])),) and not axes[1]
-    options: Any = (
-        {} if first else dict(zip(("in_axis", "batch_axis"), axes, strict=True))
-    )
-    plain = first and rank == 2
-    link = _spec.Dense(path) if plain else _spec.DenseGeneral(path, **options)
+    free = [("kernel", axis) for axis in order if axis not in paired]
+    others = [("signal", at) for at in positions]
+    found = [("kernel", axis) for axis in along]
+    found += free + others if which == 0 else others + free
+    own = others + [("kernel", axis) for axis in made]
     return Step(
         node,
         signal,
-        [link],
+        [_contraction(signal, kernel, path, sorted(taken), sorted(along))],
         contracted=len(features),
         order=(*positions, *features),
         sizes=tuple(kernel.shape[axis] for axis in made),
@@ -107,10 +74,36 @@ def _contraction(node: Node, signal: Node, kernel: Node, path: str, which: int) 
     )
 
 
+def _contraction(
+    signal: Node, kernel: Node, path: str, taken: list[int], along: list[int]
+) -> Any:
+    """The link that contracts some axes of a kernel, and takes others along."""
+    rank = len(kernel.shape)
+    if taken == [*range(len(taken))] and not along:
+        plain = rank == 2 and len(taken) == 1
+        return _spec.Dense(path) if plain else _spec.DenseGeneral(path)
+    if (rank, taken, along) == (2, [1], []) and _is_table(kernel, signal):
+        return _spec.Unembed(layer_path(kernel, "embedding"))
+    return _spec.DenseGeneral(path, in_axis=taken, batch_axis=along)
+
+
+def _is_table(kernel: Node, signal: Node) -> bool:
+    """Whether an embedding looks rows up in a kernel, or it has the name of a table."""
+    return kernel.path.rpartition("/")[2] == "embedding" or any(
+        node.op == "gather" and node.operands[0] is kernel for node in above(signal)
+    )
+
+
 @rule("conv_general_dilated")
 def convolution(node: Node) -> Step:
     """`Conv` and `ConvTranspose`, with Flax's order of axes."""
-    path, options, rank = _kernel_path(node), node.options, len(node.shape)
+    signal, kernel = node.operands
+    if kernel.flows:
+        raise Unknown(
+            node,
+            f"{node.op} multiplies the signal with {description(signal)} on its left",
+        )
+    path, options, rank = _kernel_path(node, kernel), node.options, len(node.shape)
     last = (0, rank - 1, *range(1, rank - 1))
     flax = (last, (rank - 1, rank - 2, *range(rank - 2)), last)
     numbers = tuple(map(tuple, options["dimension_numbers"]))
@@ -119,7 +112,7 @@ def convolution(node: Node) -> Step:
     strides, spread = options["window_strides"], options["lhs_dilation"]
     groups, dilation = options["feature_group_count"], options["rhs_dilation"]
     arguments = {"kernel_dilation": short(dilation)}
-    taps = node.operands[1].shape[:-2]
+    taps = kernel.shape[:-2]
     window = Window(taps, options["padding"], CONV_PADDINGS)
     if math.prod(spread) == 1:
         arguments |= {"strides": short(strides), "feature_group_count": groups}
@@ -129,4 +122,4 @@ def convolution(node: Node) -> Step:
         window = dataclasses.replace(window, takes_zeros=False)
     else:
         raise Unknown(node, f"{path!r} is both a strided and a transposed convolution")
-    return Step(node, node.operands[0], [link], window=window, opaque=True)
+    return Step(node, signal, [link], window=window, opaque=True)
