@@ -16,7 +16,7 @@ import backmatch_optax as bmo
 from backmatch_optax import spec
 
 KINKED = ["relu", "leaky_relu", "relu6", "hard_tanh", "soft_sign"]
-SMOOTH = ["tanh", "sigmoid", "softplus", "silu", "mish", "gelu"]
+SMOOTH = ["exp", "tanh", "sigmoid", "softplus", "silu", "mish", "gelu"]
 NORMS = {
     "batch_norm": spec.BatchNorm,
     "layer_norm": spec.LayerNorm,

@@ -441,7 +441,9 @@ class Links:
         if isinstance(link, _spec.Shift):
             if self.leading and not self.links:
                 return  # it prepares the input, too
-            self._check_mean(step)
+            self._check_mean(step, "adds a constant to")
+        if link == _spec.Activation("exp"):
+            self._check_mean(step, "is the exponential of")
         if isinstance(link, _spec.Block):
             self._add_block(link, step)
             return
@@ -505,7 +507,7 @@ class Links:
             # The shortest number that is the same in float32, as a person writes it.
             self._put(_spec.Scale(float(str(np.float32(factor)))), self.shape)
 
-    def _check_mean(self, step: Step) -> None:
+    def _check_mean(self, step: Step, what: str) -> None:
         """Refuses a signal that may have a mean, whose sign is not known."""
         centred = _spec.BatchNorm | _spec.LayerNorm | _spec.RMSNorm | _spec.GroupNorm
         last = self._maker(self.links)
@@ -513,7 +515,7 @@ class Links:
         if not isinstance(last, centred) and not learned:
             raise Unknown(
                 step.node,
-                f"{step.node.op} adds a constant to what may have a mean of its own, "
+                f"{step.node.op} {what} what may have a mean of its own, "
                 "since neither a kernel nor a normalisation put it out",
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,10 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "div": np.divide,
     "eq": np.equal,
     "erf": np.vectorize(math.erf, otypes=[float]),
+    "erf_inv": np.vectorize(
+        lambda x: statistics.NormalDist(0, 0.5**0.5).inv_cdf((1 + x) / 2),
+        otypes=[float],
+    ),
     "erfc": np.vectorize(math.erfc, otypes=[float]),
     "exp": np.exp,
     "exp2": np.exp2,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from backmatch_optax.infer.build import Context, Links, Measure
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links import attention
 from backmatch_optax.infer.links.learned import positions
+from backmatch_optax.infer.links.noise import noise
 from backmatch_optax.infer.links.rotation import rotation
 from backmatch_optax.infer.step import (
     MEANINGS,
@@ -218,6 +219,8 @@ class _Cutter:
         if node.op == "mul" and len(node.flow) == 2:
             yield _tried(lambda: self._gate(node))
         yield from late
+        found = noise(node)
+        yield from () if found is None else (found,)
         if begin.op == "input" and _is_preparation(node, begin):
             yield Step(node, begin, begins=True)
         elif node.op in _SUMS and len(node.flow) == 1:
@@ -287,6 +290,12 @@ class _Cutter:
         if step.joins == "attention":
             query, key, value = arms
             arms = [query, key, _parted(key, value)]
+        if step.joins == "outputs":
+            # What leads to several outputs comes again, and curvatures add.
+            seen: set[Node] = set()
+            for place, arm in enumerate(arms):
+                arms[place] = _again(arm, seen)
+                seen.update(_nodes(arm))
         return dataclasses.replace(step, arms=arms)
 
 
@@ -440,6 +449,26 @@ def _parted(key: Sequence[Step], value: Sequence[Step]) -> list[Step]:
         return [*value]
     shared = [dataclasses.replace(step, again=True) for step in value[:count]]
     return [*shared, *value[count:]]
+
+
+def _again(steps: Sequence[Step], seen: Collection[Node]) -> list[Step]:
+    """The steps, of which those to nodes that were seen come again."""
+    return [
+        dataclasses.replace(
+            step,
+            again=step.again or step.node in seen,
+            arms=[_again(arm, seen) for arm in step.arms],
+        )
+        for step in steps
+    ]
+
+
+def _nodes(steps: Sequence[Step]) -> Iterator[Node]:
+    """The nodes that steps lead to, those inside arms too."""
+    for step in steps:
+        yield step.node
+        for arm in step.arms:
+            yield from _nodes(arm)
 
 
 def _has_kernel(link: Any) -> bool:

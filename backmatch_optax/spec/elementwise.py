@@ -21,6 +21,7 @@ from backmatch_optax.spec.link import Elementwise, Link, Site
 ACTIVATIONS = (
     "celu",
     "elu",
+    "exp",
     "gelu",
     "hard_sigmoid",
     "hard_swish",
@@ -48,7 +49,8 @@ class Activation(Link):
     gains as what it does to a Gaussian signal.
 
     Args:
-      name: the name of the function in `jax.nn`, such as `"relu"` or `"tanh"`.
+      name: the name of the function in `jax.nn`, such as `"relu"` or `"tanh"`; or
+        `"exp"`.
 
     Raises:
       ValueError: where the name is not known, with the nearest that are.

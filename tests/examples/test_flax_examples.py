@@ -126,11 +126,7 @@ def vae(line: bool) -> list[float]:
     params = model.init(KEY, pixels[:128], KEY)["params"]
     scale = None
     if line:
-        message = way_out(model, pixels[:128], KEY)
-        scale = measured(message)(
-            key=KEY,
-            outputs_fn=lambda p: model.apply({"params": p}, pixels[:128], KEY),
-        )
+        scale = bmo.scale_by_backmatch(bmo.infer_spec(model, pixels[:128], KEY))
     tx = added(scale, optax.sgd(2.0**-4, 0.9))
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 

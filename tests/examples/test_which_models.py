@@ -6,7 +6,7 @@ from flax import nnx
 import backmatch_optax as bmo
 from examples.studies import which_models
 
-REFUSED = ("LSTM", "variational autoencoder (Flax's vae)", "Flax's sst2")
+REFUSED = ("LSTM", "Flax's sst2")
 # What is never read, and what the next BatchNorm takes away again: docs/models.md.
 KNOWN = {
     "text joined to an image": 4.0,

@@ -300,15 +300,3 @@ def test_numpys_own_dtypes_are_taken_as_jaxs():
     numpys = np.zeros((2, 7), np.int64), np.zeros((2, 6), np.float64)
     jaxs = array(2, 7, dtype=jnp.int32), array(2, 6)
     assert infer_spec(Call(embedded), *numpys) == infer_spec(Call(embedded), *jaxs)
-
-
-def test_several_outputs_that_no_block_helps():
-    # Its latents are outputs too, and random numbers multiply them.
-    def drawn(module: nn.Module, x: jax.Array) -> Any:
-        mean, size = nn.Dense(3, name="mean")(x), nn.Dense(3, name="size")(x)
-        noise = jax.random.normal(module.make_rng("noise"), size.shape)
-        return nn.Dense(6, name="out")(mean + noise * size), mean, size
-
-    with pytest.raises(ValueError, match="random numbers") as error:
-        infer_spec(Call(drawn), array(2, 6), rngs={"noise": jax.random.key(0)})
-    assert "Use measured scales (scale_by_measured_backmatch)" in str(error.value)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.infer import graph, layout, pieces
+from backmatch_optax.activations import activation as named
+from backmatch_optax.infer import graph, pieces
 from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.links.noise import drawn
 from backmatch_optax.infer.pieces import MASK, SIGNAL, Piece
 from backmatch_optax.infer.step import Step, rule
 from backmatch_optax.spec.elementwise import ACTIVATIONS
@@ -69,7 +71,7 @@ def activation(piece: Piece, node: Node, source: Node) -> Step | None:
 def _activations(dtype: Any) -> list[tuple[str, Any]]:
     """What every known activation makes of the samples, constants in a dtype."""
     functions = [
-        (name, getattr(jax.nn, name))
+        (name, named(name))
         for name in ACTIVATIONS
         if name not in ("identity", "swish", "celu")  # of one value with others
     ]
@@ -100,12 +102,5 @@ def dropout(piece: Piece, node: Node, source: Node) -> Step | None:
 
 def _share(mask: Node) -> float:
     """How many random bits are set, if `jax.random.uniform` decides; else NaN."""
-    while mask.op in ("broadcast_in_dim", "reshape", "squeeze"):
-        mask = mask.operands[0]
-    drawn = [node for node in graph.above(mask) if node.op == "bitcast_convert_type"]
-    mantissas = 1 + (np.arange(20_000).reshape(2, -1) + 0.5) / 20_000
-    try:
-        piece = pieces.evaluate(mask, drawn[0], mantissas) if len(drawn) == 1 else None
-    except layout.Unmatched:
-        return math.nan
-    return math.nan if piece is None or piece.masks else float(np.mean(piece.values))
+    values = drawn(mask)
+    return math.nan if values is None else float(np.mean(values))
