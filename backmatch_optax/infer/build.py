@@ -150,17 +150,10 @@ class Links:
 
     def finish(self, end: Node) -> None:
         """Checks that nothing is left over."""
-        used = self.context.used
         if self._repeats():
             self.become(end.shape[1:], end)
         if self.padding:
             raise Unknown(end, "padding is followed by no convolution")
-        if self.leading and "" in used and len(used) > 1:
-            raise Unknown(
-                used[""],
-                "parameters at the top of the model make a layer without a name. Put "
-                "it into a module of its own, such as nn.Dense or nnx.Linear",
-            )
 
     def keep(self, node: Node, links: Links) -> None:
         """Adds other links in which what these put out is recalled.
@@ -449,12 +442,14 @@ class Links:
             return
         if not isinstance(link, _spec.Embed):
             self._check_features(step.node)
+        known = self.context.params
+        if getattr(link, "path", None) == "" and not {*known} <= {*link.roles}:
+            link = dataclasses.replace(link, path=link.roles[0])  # beside other layers
         path = getattr(link, "path", None)
         shapes, new = {}, link
         if path is not None:
             if self._is_used(path, step):
                 new = _spec.Tied([link])
-            known = self.context.params
             places = {role: join(path, role) for role in link.roles}
             if path in known:  # an array's own
                 places = {link.roles[0]: path}

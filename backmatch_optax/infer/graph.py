@@ -277,6 +277,8 @@ def _line(eqn: Any) -> str:
 def _is_harmless(op: str, operands: Sequence[Node], eqn: Any) -> bool:
     if op == "psum":  # over named axes, which are traced with one device each
         return all(isinstance(axis, str) for axis in eqn.params["axes"])
+    if op == "stop_gradient":  # of what no signal flows through
+        return not operands[0].flows
     if op == "div":
         return operands[1].value == 1 and operands[0].shape == eqn.outvars[0].aval.shape
     if op != "convert_element_type":

@@ -1,5 +1,6 @@
 """Parameters of any name: hand-written layers, tables, and adapters of low rank."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -166,6 +167,62 @@ def test_a_kernel_used_forth_and_back_is_tied():
         spec.Activation("tanh"),
         spec.Tied([spec.DenseGeneral("w", in_axis=1)]),
     )
+
+
+def test_kernels_that_are_scaled_or_frozen_are_their_parameters():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            # An equalised learning rate, as Karras et al. (2018) have it.
+            x = nn.relu(x @ (param(self, "w", 6, 32) * (2 / 6) ** 0.5))
+            x = x @ (param(self, "v", 16, 32) / 32**0.5).T + param(self, "b", 16)
+            frozen = jax.lax.stop_gradient(param(self, "frozen", 16, 4))
+            return x @ (0.25 * frozen)
+
+    example = jax.ShapeDtypeStruct((2, 6), jnp.float32)
+    chain = bmo.infer_spec(Net(), example)
+    assert chain.layers == (
+        spec.Dense("w"),
+        spec.Scale(0.57735026),
+        spec.Activation("relu"),
+        spec.DenseGeneral("v", in_axis=1),
+        spec.Scale(0.17677669),
+        spec.Bias("b"),
+        spec.Dense("frozen"),
+        spec.Scale(0.25),
+    )
+    found = ratios(Net(), chain, example, batch=128)
+    assert set(found) == {"w", "v", "b"}  # the other has no gradient
+    assert worst(found) < 1.5
+
+
+NORMS: dict[str, Any] = {
+    "first": lambda g, b, x, m, v: g * (x - m) / jnp.sqrt(v + 1e-6) + b,
+    "with the root": lambda g, b, x, m, v: (x - m) * (g / jnp.sqrt(v + 1e-6)) + b,
+    "last": lambda g, b, x, m, v: b + (x - m) * jax.lax.rsqrt(v + 1e-6) * g,
+}
+
+
+@pytest.mark.parametrize("case", NORMS)
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_normalisations_may_have_parameters_of_other_names_anywhere(axis, case):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(16, name="a")(x)
+            keep = {"axis": axis, "keepdims": True}
+            gamma, beta = param(self, "gamma", 16), param(self, "beta", 16)
+            x = NORMS[case](gamma, beta, x, x.mean(**keep), x.var(**keep))
+            return nn.Dense(3, name="b")(nn.relu(x))
+
+    example = jax.ShapeDtypeStruct((64, 6), jnp.float32)
+    kind = spec.LayerNorm if axis else functools.partial(spec.BatchNorm, epsilon=1e-6)
+    last = [kind(), spec.LayerScale("gamma"), spec.Bias("beta")]
+    norm = last if case == "last" else [kind("gamma"), spec.Bias("beta")]
+    relu = spec.Activation("relu")
+    chain = bmo.infer_spec(Net(), example)
+    assert chain.layers == (spec.Dense("a"), *norm, relu, spec.Dense("b"))
+    assert worst(ratios(Net(), chain, example, batch=128)) < 2.2
 
 
 def test_stacked_kernels_of_another_name_have_a_scale_for_each_layer():

@@ -218,13 +218,11 @@ def test_hundreds_of_layers():
     assert len(infer(deep, 2, 4)) == 600
 
 
-def test_a_layer_at_the_top_of_a_model_has_no_name():
+def test_a_layer_at_the_top_of_a_model_has_its_kernels_name():
     def function(module: nn.Module, x: jax.Array) -> jax.Array:
         kernel = module.param("kernel", nn.initializers.ones, (6, 5))
         return nn.Dense(3, name="d")(x @ kernel)
 
-    with pytest.raises(ValueError, match="make a layer without a name") as error:
-        infer(function, 2, 6)
-    assert "Pass blocks=[spec.Block('kernel')]" in str(error.value)
-    # A model that is one layer has no other name.
+    assert infer(function, 2, 6) == [spec.Dense("kernel"), spec.Dense("d")]
+    # That of a model that is one layer has none.
     assert infer_spec(nn.Dense(3), array(2, 6)).layers == (spec.Dense(""),)

@@ -21,11 +21,30 @@ from backmatch_optax.infer.step import (
 from backmatch_optax.infer.windows import CONV_PADDINGS, Window, short
 
 
-def _kernel_path(node: Node, kernel: Node) -> str:
-    """The path of the layer whose kernel a linear operation multiplies with."""
-    if kernel.op != "param":
+def _kernel(node: Node, kernel: Node) -> tuple[Node, tuple[int, ...], list[_spec.Link]]:
+    """The parameter that a linear operation multiplies with.
+
+    Returns:
+      It; which of its axes each axis of the kernel is; and a `Scale` where the kernel
+      is a multiple of it.
+    """
+    param, order, factor = kernel, (*range(len(kernel.shape)),), 1.0
+    while param.op in ("div", "mul", "transpose"):
+        first, *others = param.operands
+        if not others:
+            order = tuple(param.options["permutation"][axis] for axis in order)
+            param = first
+            continue
+        (number,) = others
+        if param.op == "mul" and number.value is None:
+            first, number = number, first
+        if number.value is None or number.shape:
+            break
+        factor *= float(number.value) ** (1 if param.op == "mul" else -1)
+        param = first
+    if param.op != "param" or not factor:
         raise Unknown(node, f"the kernel of {node.op} is {description(kernel)}")
-    return layer_path(kernel, "kernel")
+    return param, order, [_spec.Scale(factor)] * (factor != 1)
 
 
 @rule("dot_general")
@@ -41,10 +60,8 @@ def dense(node: Node) -> Step:
     (of_kernel, of_signal), (along_kernel, along_signal) = (
         (pair[which], pair[1 - which]) for pair in layout.contracted(node)
     )
-    order = (*range(len(kernel.shape)),)
-    if kernel.op == "transpose":
-        order, (kernel,) = kernel.options["permutation"], kernel.operands
-    path = _kernel_path(node, kernel)
+    kernel, order, scale = _kernel(node, kernel)
+    path = layer_path(kernel, "kernel")
     # The kernel's own axes and the signal's, those that go along first.
     along = {order[a]: b for a, b in zip(along_kernel, along_signal, strict=True)}
     taken = {order[a]: b for a, b in zip(of_kernel, of_signal, strict=True)}
@@ -65,7 +82,7 @@ def dense(node: Node) -> Step:
     return Step(
         node,
         signal,
-        [_contraction(signal, kernel, path, sorted(taken), sorted(along))],
+        [_contraction(signal, kernel, path, sorted(taken), sorted(along)), *scale],
         contracted=len(features),
         order=(*positions, *features),
         sizes=tuple(kernel.shape[axis] for axis in made),
@@ -103,11 +120,14 @@ def convolution(node: Node) -> Step:
             node,
             f"{node.op} multiplies the signal with {description(signal)} on its left",
         )
-    path, options, rank = _kernel_path(node, kernel), node.options, len(node.shape)
+    kernel, order, scale = _kernel(node, kernel)
+    path = layer_path(kernel, "kernel")
+    options, rank = node.options, len(node.shape)
     last = (0, rank - 1, *range(1, rank - 1))
     flax = (last, (rank - 1, rank - 2, *range(rank - 2)), last)
     numbers = tuple(map(tuple, options["dimension_numbers"]))
-    if numbers != flax or options["batch_group_count"] != 1:
+    in_order = [*order] == [*range(rank)]
+    if numbers != flax or options["batch_group_count"] != 1 or not in_order:
         raise Unknown(node, f"the axes of {path!r} are not in Flax's order")
     strides, spread = options["window_strides"], options["lhs_dilation"]
     groups, dilation = options["feature_group_count"], options["rhs_dilation"]
@@ -122,4 +142,4 @@ def convolution(node: Node) -> Step:
         window = dataclasses.replace(window, takes_zeros=False)
     else:
         raise Unknown(node, f"{path!r} is both a strided and a transposed convolution")
-    return Step(node, signal, [link], window=window, opaque=True)
+    return Step(node, signal, [link, *scale], window=window, opaque=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,37 +23,52 @@ def normalisation(piece: Piece, node: Node, source: Node) -> Step | None:
     """`BatchNorm`, `LayerNorm`, `GroupNorm`, `RMSNorm`, with scale and bias."""
     if not (piece.reduced or piece.paths["state"]) or piece.masks:
         return None
-    params = {f"/{path}".rpartition("/")[::2] for path in piece.paths["param"]}
-    modules, roles = {module for module, _ in params}, {role for _, role in params}
-    if len(modules) > 1 or not roles <= {"scale", "bias"}:
-        return None
-    path = modules.pop()[1:] if modules else None
-    leaves = {"scale": 1.0, "bias": 0.0}
-    leaves |= {
-        leaf.rpartition("/")[2]: piece.leaves[leaf] for leaf in piece.paths["param"]
-    }
-    for index, (link, centred, square) in enumerate(_normalised(piece, source)):
-        one_plus = isinstance(link, _spec.RMSNorm) and link.one_plus
-        scale = leaves["scale"] + one_plus
-        affine = centred / np.sqrt(square) * scale + leaves["bias"]
-        factor = _constant_ratio(piece.values, affine)
-        if link is None or factor is None or not roles <= set(link.roles):
-            continue
-        links: list[_spec.Link] = [dataclasses.replace(link, path=path)]
-        if abs(factor - 1) > 2e-3:
-            if params:  # it would not leave the bias alone
+    for path, params, biases in _owners(piece.paths["param"]):
+        leaves = {"scale": 1.0, "bias": 0.0}
+        leaves |= {role: piece.leaves[found] for role, found in params.items()}
+        for index, (link, centred, square) in enumerate(_normalised(piece, source)):
+            one_plus = isinstance(link, _spec.RMSNorm) and link.one_plus
+            scale = leaves["scale"] + one_plus
+            affine = centred / np.sqrt(square) * scale + leaves["bias"]
+            factor = _constant_ratio(piece.values, affine)
+            own = {*params} - {"bias"} if biases else {*params}
+            if link is None or factor is None or not own <= {*link.roles}:
                 continue
-            links.append(_spec.Scale(factor))
-        # Against small values the epsilon counts.
-        small = pieces.evaluate(node, source, SIGNAL * 1e-3)
-        _, centred, square = [*_normalised(small, source)][index]
-        normalised = (small.values - leaves["bias"]) / scale / factor
-        epsilon = np.median((centred / normalised) ** 2 - square)
-        if not np.isclose(epsilon, link.epsilon, rtol=1e-2, atol=1e-10):
-            found = float(f"{max(epsilon, 0.0):.3g}")
-            links[0] = dataclasses.replace(link, path=path, epsilon=found)
-        return Step(node, source, links)
+            links: list[_spec.Link] = [dataclasses.replace(link, path=path)]
+            if abs(factor - 1) > 2e-3:
+                if params:  # it would not leave the bias alone
+                    continue
+                links.append(_spec.Scale(factor))
+            # Against small values the epsilon counts.
+            small = pieces.evaluate(node, source, SIGNAL * 1e-3)
+            _, centred, square = [*_normalised(small, source)][index]
+            normalised = (small.values - leaves["bias"]) / scale / factor
+            epsilon = np.median((centred / normalised) ** 2 - square)
+            if not np.isclose(epsilon, link.epsilon, rtol=1e-2, atol=1e-10):
+                found = float(f"{max(epsilon, 0.0):.3g}")
+                links[0] = dataclasses.replace(link, path=path, epsilon=found)
+            return Step(node, source, [*links, *biases])
     return None
+
+
+def _owners(
+    paths: Sequence[str],
+) -> Iterator[tuple[str | None, dict[str, str], list[_spec.Link]]]:
+    """What a link's path may be, which parameters it has by role, and a later bias.
+
+    A module's own where its parameters have Flax's names, or the scale's.
+    """
+    named = [f"/{path}".rpartition("/")[::2] for path in paths]
+    modules, roles = {module for module, _ in named}, {role for _, role in named}
+    if not paths:
+        yield None, {}, []
+    elif len(modules) == 1 and roles <= {"scale", "bias"} and modules != {""}:
+        by_role = {role: path for (_, role), path in zip(named, paths, strict=True)}
+        yield modules.pop()[1:], by_role, []
+    elif len(paths) <= 2:
+        for scale, *rest in itertools.permutations(paths):
+            by_role = dict(zip(("scale", "bias"), (scale, *rest), strict=False))
+            yield scale, by_role, [_spec.Bias(bias) for bias in rest]
 
 
 def _constant_ratio(values: Any, reference: Any) -> float | None:
