@@ -19,8 +19,9 @@ import numpy as np
 from backmatch_optax.moments import NOTHING, Activated, Moments
 from backmatch_optax.powers import Positive, applied, magnitudes, measured, number
 
-# phi(c * x) = c * phi(x) for c > 0: their gains do not depend on the signal's size.
-_HOMOGENEOUS = ("identity", "leaky_relu", "relu")
+# The slopes below 0 of those with phi(c * x) = c * phi(x) for c > 0, whose gains do not
+# depend on the signal's size. Others of a leaky ReLU stand in its name.
+_SLOPES = {"identity": 1.0, "leaky_relu": 0.01, "relu": 0.0}
 
 # Those whose slope is zero but for a few units about 0, and up to which size of the
 # signal the nodes below are dense enough there.
@@ -35,9 +36,23 @@ DENSITY = np.float32(np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum())
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The elementwise function of that name, as Flax has it."""
+    """The elementwise function of that name, as Flax has it; see `leaky_relu`."""
+    own, _, slope = name.partition(" ")
+    if slope:
+        return functools.partial(jax.nn.leaky_relu, negative_slope=float(slope))
     ours = {"identity": lambda x: x, "exp": jnp.exp}
-    return ours.get(name) or getattr(jax.nn, name)
+    return ours.get(own) or getattr(jax.nn, own)
+
+
+def leaky_relu(slope: float) -> str:
+    """The name of a leaky ReLU with that slope below 0."""
+    return "leaky_relu" if slope == _SLOPES["leaky_relu"] else f"leaky_relu {slope!r}"
+
+
+def _slope(name: str) -> float | None:
+    """The slope below 0 of what commutes with scaling; None for what does not."""
+    own, _, slope = name.partition(" ")
+    return float(slope) if slope else _SLOPES.get(own)
 
 
 def after_activation(name: str, before: Moments) -> tuple[Moments, Positive]:
@@ -81,7 +96,7 @@ def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Po
 
 
 def _maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive]:
-    unit = before.q if name in _HOMOGENEOUS else number(1.0)
+    unit = number(1.0) if _slope(name) is None else before.q
     parts = (before.variance, before.spread, before.offset)
     sizes = [None if part is None else part / unit for part in parts]
     known = [size for size in sizes if size is not None]
@@ -137,7 +152,7 @@ def _in_common(name: str, before: Moments) -> list[Positive]:
 
 
 def _commons_of(name: str, before: Moments) -> list[Positive]:
-    unit = before.q if name in _HOMOGENEOUS else number(1.0)
+    unit = number(1.0) if _slope(name) is None else before.q
     parts = (before.variance, before.spread, before.offset, before.along)
     sizes = [None if part is None else part / unit for part in parts]
     known = [size for size in sizes if size is not None]
@@ -192,8 +207,8 @@ def _static_integrals(
     name: str, window: int, variance: float, spread: float, offset: float
 ) -> tuple[float, ...]:
     """`_integrals` of numbers, in closed form where there is one."""
-    if name in _HOMOGENEOUS and window == 1 and not offset:
-        slope = {"identity": 1.0, "leaky_relu": 0.01, "relu": 0.0}[name]
+    slope = _slope(name)
+    if slope is not None and window == 1 and not offset:
         q = variance + spread
         gain = (1.0 + slope**2) / 2.0
         mean_square = (1.0 + slope**2) * _relu_kernel(q, spread / q)

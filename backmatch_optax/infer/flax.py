@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import tree_leaves_with_path
 
 from backmatch_optax import spec as _spec
@@ -399,9 +400,21 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
     """The trace of an NNX module: a function, and its variables by kind."""
     from flax import nnx
 
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, Tracer):
+                raise ValueError(
+                    f"infer_spec: {'/'.join(map(str, (*path, name)))!r} is an array "
+                    "and no nnx.Variable, so that nnx.eval_shape leaves it without "
+                    "values. Pass the model itself"
+                )
+
     def tracer(arguments: Any, arrays: Any) -> Any:
         del arrays
-        graphdef, *states = nnx.split(model, nnx.Param, nnx.RngState, ...)
+        # Arrays that are no variables, such as a mask, are part of the program.
+        graphdef, constants, *states = nnx.split(
+            model, _is_constant, nnx.Param, nnx.RngState, ...
+        )
         variables = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
             dict(zip(("param", "random", "state"), states, strict=True)),
@@ -410,7 +423,7 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
         def function(variables: Any, arrays: Any) -> Any:
             args, kwargs = arguments(arrays)
             # A copy of the model, so that it can be given names and be updated.
-            copy = nnx.merge(graphdef, *variables.values())
+            copy = nnx.merge(graphdef, constants, *variables.values())
             for path, module in nnx.iter_modules(copy):
                 _name(module, "/".join(map(str, path)))
             if method is None:
@@ -431,6 +444,12 @@ def _nnx(model: Any, method: Any) -> Callable[..., Any]:
         return function, variables, values
 
     return tracer
+
+
+def _is_constant(path: Any, value: Any) -> bool:
+    """Whether an attribute of an NNX module is an array, and known."""
+    del path
+    return isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer)
 
 
 def _value(leaf: Any, node: Node) -> Any:

@@ -12,6 +12,7 @@ from backmatch_optax.activations import (
     activation,
     after_activation,
     aligned_slope,
+    leaky_relu,
     slope_in_common,
 )
 from backmatch_optax.moments import Moments
@@ -51,9 +52,11 @@ class Activation(Link):
     Args:
       name: the name of the function in `jax.nn`, such as `"relu"` or `"tanh"`; or
         `"exp"`.
+      negative_slope: of a `"leaky_relu"`, below 0.
 
     Raises:
-      ValueError: where the name is not known, with the nearest that are.
+      ValueError: where the name is not known, with the nearest that are; where the
+        slope is no finite number, or another function has one.
 
     Examples:
       >>> from backmatch_optax import spec
@@ -62,10 +65,17 @@ class Activation(Link):
     """
 
     name: str
+    negative_slope: float = dataclasses.field(default=0.01, kw_only=True)
 
     featurewise = True
 
     def validate(self) -> None:
+        self._canonical_number("negative_slope", "a finite number", math.isfinite)
+        if self.negative_slope != 0.01 and self.name != "leaky_relu":
+            raise ValueError(
+                f"negative_slope (={self.negative_slope}) is that of a leaky_relu, but "
+                f"name is {self.name!r}"
+            )
         if self.name not in ACTIVATIONS:
             near = difflib.get_close_matches(str(self.name), ACTIVATIONS, n=3)
             hint = f"Nearest: {', '.join(map(repr, near))}. " if near else ""
@@ -74,35 +84,40 @@ class Activation(Link):
                 f"Known: {', '.join(map(repr, ACTIVATIONS))}."
             )
 
+    @property
+    def _function(self) -> str:
+        leaky = self.name == "leaky_relu"
+        return leaky_relu(self.negative_slope) if leaky else self.name
+
     def centres(self, here: Site) -> bool:
         return here.centred and self.name == "identity"
 
     def elementwise(self, here: Site) -> Elementwise:
         del here
-        return activation(self.name)
+        return activation(self._function)
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:
             return here.moments
-        return after_activation(self.name, here.moments)[0]
+        return after_activation(self._function, here.moments)[0]
 
     def m_z(self, here: Site) -> Positive:
         if not here.mean_field:
             return number(1.0)
-        return after_activation(self.name, here.moments)[1]
+        return after_activation(self._function, here.moments)[1]
 
     def common_below(self, here: Site) -> Positive | None:
         if here.common is None:
             return None
-        return here.common * slope_in_common(self.name, here.moments)
+        return here.common * slope_in_common(self._function, here.moments)
 
     def aligned_below(self, here: Site) -> Positive | None:
         found = []
         # The same for all inputs: what they have in common may add up to zero.
         if here.common is not None and not here.balanced:
-            found.append(here.common * aligned_slope(self.name, here.moments))
+            found.append(here.common * aligned_slope(self._function, here.moments))
         if here.aligned is not None:
-            found.append(here.aligned * slope_in_common(self.name, here.moments))
+            found.append(here.aligned * slope_in_common(self._function, here.moments))
         return functools.reduce(operator.add, found) if found else None
 
 

@@ -197,11 +197,6 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         (2, 6, 6),
         "add",
     ),
-    "another slope": (
-        lambda _, x: nn.leaky_relu(x, 0.2),
-        IMAGES,
-        "neither a Scale nor one of Activation's",
-    ),
     "logarithm": (
         lambda _, x: jnp.log(x),
         IMAGES,

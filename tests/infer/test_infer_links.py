@@ -35,6 +35,13 @@ def test_activations(name, dtype):
     assert infer(function) == [spec.Activation(name)]
 
 
+@pytest.mark.parametrize("slope", [0.2, 0.3, 2.0])
+def test_leaky_relus_of_another_slope(slope):
+    leaky = spec.Activation("leaky_relu", negative_slope=slope)
+    assert infer(lambda _, x: jax.nn.leaky_relu(x, slope)) == [leaky]
+    assert eval(repr(leaky)) == leaky
+
+
 WRITTEN_OUT: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
     "maximum": ("relu", lambda x: jnp.maximum(x, 0)),
     "where": ("relu", lambda x: jnp.where(x > 0, x, 0)),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from zoo_linen import Call, array
 
 from backmatch_optax import spec
@@ -99,3 +100,34 @@ def test_a_bias_is_no_mask_though_the_first_head_has_none():
 def test_a_mask_that_leaves_one_position():
     link = by_head(lambda w, _: jnp.where(FAR == 0, w, -1e9))
     assert link.attended == pytest.approx(1.0, abs=1e-3)
+
+
+class Masked(nnx.Module):
+    """One head whose mask is an attribute."""
+
+    def __init__(self, rngs: nnx.Rngs, mask: Any):
+        self.q, self.k, self.v = (
+            nnx.Linear(8, 4, use_bias=False, rngs=rngs) for _ in range(3)
+        )
+        self.tril = mask()
+
+    def __call__(self, x):
+        weights = self.q(x) @ self.k(x).swapaxes(-1, -2) / 2
+        weights = jnp.where(self.tril == 0, -jnp.inf, weights)
+        return jax.nn.softmax(weights, -1) @ self.v(x)
+
+
+@pytest.mark.parametrize("library", [np, jnp])
+def test_a_mask_may_be_an_attribute(library):
+    def mask() -> Any:
+        return library.tril(library.ones((6, 6)))
+
+    q, k, v = ([spec.Dense(name)] for name in "qkv")
+    chain = infer_spec(Masked(nnx.Rngs(0), mask), array(2, 6, 8))
+    assert chain.layers == (spec.DotProductAttention(q, k, v, causal=True),)
+
+
+def test_a_mask_without_values_is_named():
+    model = nnx.eval_shape(lambda: Masked(nnx.Rngs(0), lambda: jnp.ones((6, 6))))
+    with pytest.raises(ValueError, match=r"'tril'.* Pass the model itself"):
+        infer_spec(model, array(2, 6, 8))

@@ -45,6 +45,14 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: spec.Conv("conv", strides=2.0),  # pyright: ignore
         r"Conv\('conv'.*strides \(=2.0\) must be a positive int",
     ),
+    "slope that is no number": (
+        lambda: spec.Activation("leaky_relu", negative_slope=math.nan),
+        r"Activation\('leaky_relu'.*negative_slope \(=nan\) must be a finite number",
+    ),
+    "slope of another function": (
+        lambda: spec.Activation("relu", negative_slope=0.2),
+        r"negative_slope \(=0.2\) is that of a leaky_relu, but name is 'relu'",
+    ),
     "zero factor": (
         lambda: spec.Scale(0.0),
         r"Scale\(0.0\).*factor.* must be a finite number other than zero",

@@ -90,7 +90,7 @@ def test_mean_field_gains_of_activations_are_those_of_the_model(name):
         assert 0.85 < ratio < 1.15, (path, ratio)
 
 
-def test_a_slope_that_is_a_relus_or_one_is_known():
+def test_a_slope_that_is_learned_counts_as_one_that_is_fixed():
     # With a slope of 0 or 1 it is the ReLU, or the identity.
     def scales(link: spec.Link, slope: float) -> dict[str, float]:
         links = [spec.Dense("a"), spec.Activation("relu"), spec.Dense("b"), link]
@@ -102,8 +102,13 @@ def test_a_slope_that_is_a_relus_or_one_is_known():
         found = bmo.layer_scales(chain, params, gains="mean_field", normalize=False)
         return {path: float(s) for path, s in found.items() if path != "slope"}
 
-    for slope, name in ((0.0, "relu"), (1.0, "identity"), (0.01, "leaky_relu")):
-        exact = scales(spec.Activation(name), slope)
+    leaky = (
+        (slope, spec.Activation("leaky_relu", negative_slope=slope))
+        for slope in (0.01, 0.2, -0.5)
+    )
+    fixed = ((0.0, spec.Activation("relu")), (1.0, spec.Activation("identity")))
+    for slope, activation in (*fixed, *leaky):
+        exact = scales(activation, slope)
         assert scales(spec.PReLU("slope"), slope) == pytest.approx(exact, rel=1e-3)
 
 

@@ -64,6 +64,11 @@ def activation(piece: Piece, node: Node, source: Node) -> Step | None:
     for name, reference in _activations(jnp.dtype(node.dtype)):
         if np.allclose(piece.values, reference, rtol=1e-4, atol=1e-6):
             return Step(node, source, [_spec.Activation(name)], elementwise=True)
+    slope = float(np.median((piece.values / SIGNAL)[SIGNAL < 0]))
+    if slope > 0 and np.allclose(piece.values, np.where(SIGNAL > 0, 1, slope) * SIGNAL):
+        slope = float(str(np.float32(slope)))  # as a person writes it
+        link = _spec.Activation("leaky_relu", negative_slope=slope)
+        return Step(node, source, [link], elementwise=True)
     return None
 
 

@@ -59,16 +59,16 @@ def _owners(
     A module's own where its parameters have Flax's names, or the scale's.
     """
     named = [f"/{path}".rpartition("/")[::2] for path in paths]
-    modules, roles = {module for module, _ in named}, {role for _, role in named}
+    modules, names = {module for module, _ in named}, {name for _, name in named}
     if not paths:
         yield None, {}, []
-    elif len(modules) == 1 and roles <= {"scale", "bias"} and modules != {""}:
+    elif len(modules) == 1 and names <= {"scale", "bias"} and modules != {""}:
         by_role = {role: path for (_, role), path in zip(named, paths, strict=True)}
         yield modules.pop()[1:], by_role, []
     elif len(paths) <= 2:
         for scale, *rest in itertools.permutations(paths):
-            by_role = dict(zip(("scale", "bias"), (scale, *rest), strict=False))
-            yield scale, by_role, [_spec.Bias(bias) for bias in rest]
+            roles = zip(("scale", "bias"), (scale, *rest), strict=False)
+            yield scale, dict[str, str](roles), [_spec.Bias(bias) for bias in rest]
 
 
 def _constant_ratio(values: Any, reference: Any) -> float | None:
