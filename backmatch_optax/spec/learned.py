@@ -228,7 +228,8 @@ class ClassToken(_Learned):
 
     approximate = (
         "its rule takes the mean over all positions, but a head may read the token "
-        "alone; its own scale is then too large by their number"
+        "alone; its own scale is then too large by their number. Where a normalisation "
+        "follows and the token is smaller than the rest, it is so by more"
     )
 
     def shape_after(

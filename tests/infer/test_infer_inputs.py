@@ -436,3 +436,24 @@ def test_an_activation_with_a_constant_inside_is_one_link(name):
         return nn.Dense(8, name="b")(functions[name](x))
 
     assert infer_spec(Call(model), array(4, 8)).layers[1] == spec.Activation(name)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_table_for_each_column_of_integers(dense):
+    class Recommender(nn.Module):
+        @nn.compact
+        def __call__(self, columns, *features):
+            found = [nn.Embed(10, 8, name=f"e{at}")(columns[:, at]) for at in range(2)]
+            found += [nn.relu(nn.Dense(8, name="d")(x)) for x in features]
+            return nn.Dense(4, name="head")(jnp.concatenate(found, -1))
+
+    inputs = array(16, 2, dtype=jnp.int32), *([array(16, 6)] * dense)
+    chain = infer_spec(Recommender(), *inputs)
+    (joined, head) = chain.layers
+    assert isinstance(joined, spec.Concatenate) and head == spec.Dense("head")
+    for at, branch in enumerate(joined.branches[:2]):
+        taken = spec.Slice((at, at + 1), axis=-1)
+        assert branch == (taken, spec.Embed(f"e{at}"), spec.Flatten())
+    found = ratios(Recommender(), chain, *inputs, batch=256)
+    assert set(found) == {"e0", "e1", "head", *["d"] * dense}
+    assert worst(found) < 1.5
