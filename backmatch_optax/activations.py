@@ -55,6 +55,11 @@ def _slope(name: str) -> float | None:
     return float(slope) if slope else _SLOPES.get(own)
 
 
+def _unit(name: str, before: Moments) -> Positive:
+    """What moments are divided by before integrals are taken of them."""
+    return number(1.0) if _slope(name) is None else before.q
+
+
 def after_activation(name: str, before: Moments) -> tuple[Moments, Positive]:
     """Moments after a nonlinearity, and its backward gain `E phi'(x)^2`."""
     return _after_maximum(name, before, 1)
@@ -96,7 +101,7 @@ def _after_maximum(name: str, before: Moments, window: int) -> tuple[Moments, Po
 
 
 def _maximum(name: str, before: Moments, window: int) -> tuple[Moments, Positive]:
-    unit = number(1.0) if _slope(name) is None else before.q
+    unit = _unit(name, before)
     parts = (before.variance, before.spread, before.offset)
     sizes = [None if part is None else part / unit for part in parts]
     known = [size for size in sizes if size is not None]
@@ -152,7 +157,7 @@ def _in_common(name: str, before: Moments) -> list[Positive]:
 
 
 def _commons_of(name: str, before: Moments) -> list[Positive]:
-    unit = number(1.0) if _slope(name) is None else before.q
+    unit = _unit(name, before)
     parts = (before.variance, before.spread, before.offset, before.along)
     sizes = [None if part is None else part / unit for part in parts]
     known = [size for size in sizes if size is not None]

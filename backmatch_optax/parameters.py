@@ -43,6 +43,13 @@ def join(path: str, role: str) -> str:
     return "/".join(filter(None, (path, role)))
 
 
+def places(link: Any, is_array: bool) -> dict[str, str]:
+    """Where a link's parameters lie, by role; one alone if its path is an array's."""
+    if is_array:
+        return {link.roles[0]: link.path}
+    return {role: join(link.path, role) for role in link.roles}
+
+
 def listed(paths: Iterable[str]) -> str:
     """Paths for an error message, cut where there are too many."""
     paths = list(paths)
@@ -341,8 +348,7 @@ def _claim(link: Any, path: str, paths: ParamPaths) -> Mapping[str, Any]:
         return paths.subtree(path)
     params = {}
     is_array = path in paths.leaves
-    for role in link.roles[:1] if is_array else link.roles:
-        place = path if is_array else join(path, role)
+    for role, place in places(link, is_array).items():
         if place != path and place in paths.declared:  # a bias that is added later
             if role in link.required_roles:
                 raise ValueError(f"its {role} {place!r} is declared by itself as well")

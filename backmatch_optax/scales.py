@@ -17,9 +17,9 @@ from backmatch_optax.moments import Gains, Moments
 from backmatch_optax.numerics import check_number, scaled, wide
 from backmatch_optax.parameters import (
     Unlisted,
-    join,
     listed,
     locate,
+    places,
     refuse_parts,
     text,
 )
@@ -191,8 +191,9 @@ def main_path(site: Site) -> str:
 
 def param_path(site: Site, role: str) -> str:
     """The path of one of a site's parameters; of a Block its own."""
-    whole = site.is_array or site.link.owns_subtree
-    return path_of(site) if whole else join(path_of(site), role)
+    if site.link.owns_subtree:
+        return path_of(site)
+    return places(site.link, site.is_array)[role]
 
 
 def scaled_params(sites: Sequence[Site]) -> Iterator[tuple[str, Site, str]]:

@@ -22,7 +22,7 @@ from backmatch_optax.infer import layout
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.layout import Axis, Factor
 from backmatch_optax.infer.step import Heads, Step, Unknown
-from backmatch_optax.parameters import join
+from backmatch_optax.parameters import join, places
 from backmatch_optax.spec.link import Shape
 
 Measure = Callable[[_spec.Block, Step], _spec.Block]
@@ -450,10 +450,8 @@ class Links:
         if path is not None:
             if self._is_used(path, step):
                 new = _spec.Tied([link])
-            places = {role: join(path, role) for role in link.roles}
-            if path in known:  # an array's own
-                places = {link.roles[0]: path}
-            shapes = {role: known[at] for role, at in places.items() if at in known}
+            at = places(link, path in known)
+            shapes = {role: known[p] for role, p in at.items() if p in known}
         try:
             after = link.shape_after(self.shape, shapes)
         except (ValueError, KeyError) as error:

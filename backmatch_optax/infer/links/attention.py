@@ -253,25 +253,21 @@ def _scores(
     """
     factor, trail, at = 1.0, list[Node](), logits
     while at.op != "dot_general" or len(at.flow) != 2:
-        if len(at.flow) != 1:
+        scales = at.op == "mul" or (at.op == "div" and at.operands[0].flows)
+        passes = scales or at.op in (*layout.MOVES, "tanh", "select_n", "add")
+        if len(at.flow) != 1 or not passes:
             raise Unknown(
                 node,
                 "a softmax weighs signals, but what it is of comes from "
                 f"{at.op}, which is no product of queries and keys",
             )
         others = [operand for operand in at.operands if not operand.flows]
-        if at.op == "mul" or (at.op == "div" and at.operands[0].flows):
+        if scales:
             constant = _constant(others[0])
             if constant is None:
                 what = description(others[0])
                 raise Unknown(node, f"the logits of attention are multiplied by {what}")
             factor *= constant if at.op == "mul" else 1 / constant
-        elif at.op not in (*layout.MOVES, "tanh", "select_n", "add"):
-            raise Unknown(
-                node,
-                "a softmax weighs signals, but what it is of comes from "
-                f"{at.op}, which is no product of queries and keys",
-            )
         trail.append(at)
         (at,) = at.flow
     sizes = enumerate(at.shape)

@@ -26,8 +26,9 @@ def noise(node: Node) -> Step | None:
         return None
     (signal,) = node.flow
     (numbers,) = (operand for operand in node.operands if not operand.flows)
-    is_mask = any(found.dtype == bool for found in graph.above(numbers))
-    if numbers.origins != {"random"} or is_mask:
+    if numbers.origins != {"random"}:
+        return None
+    if any(found.dtype == bool for found in graph.above(numbers)):  # a mask
         return None
     values = drawn(numbers)
     if values is None or len({signal.shape, numbers.shape, node.shape}) > 1:
