@@ -351,9 +351,15 @@ def plot_curves(results: Results, path: Path) -> None:
 
 
 def plot_norms(results: Results, path: Path) -> bool:
-    """Kernel norms over training, of the first seed; False where there is nothing."""
-    shown = {k: v for k, v in results.items() if k[0] in _LINES}
-    decays = sorted({decay for _, _, decay in shown})
+    """Kernel norms over training, of the first seed; False where there is nothing.
+
+    Of several rates the first, which the curves draw as a whole line.
+    """
+    shown: dict[tuple[str, float], list[Record]] = {}
+    for (method, _, decay), runs in results.items():
+        if method in _LINES:
+            shown.setdefault((method, decay), runs)
+    decays = sorted({decay for _, decay in shown})
     layers = list(dict.fromkeys(p for runs in shown.values() for p in runs[0]["norms"]))
     if not decays or not layers:
         return False
@@ -362,8 +368,8 @@ def plot_norms(results: Results, path: Path) -> bool:
         sharey=True, squeeze=False,
     )  # fmt: skip
     for axis, decay in zip(axes[0], decays, strict=True):
-        first = next(runs for (_, _, d), runs in shown.items() if d == decay)
-        for (method, _, other), runs in shown.items():
+        first = next(runs for (_, d), runs in shown.items() if d == decay)
+        for (method, other), runs in shown.items():
             if other != decay:
                 continue
             for number, layer in enumerate(layers):
