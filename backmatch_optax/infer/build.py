@@ -1,17 +1,10 @@
-"""Steps become links, checked one by one against the parameters.
-
-The traced signal may have its axes in another order, or divided in other ways, than the
-chain: a Dense layer on 64 tokens is one on 8 x 8 positions, and heads side by side are
-features. Where the axes of the chain are in those of the trace is followed. A `Reshape`
-or a `Transpose` is put in where a link needs another shape, and nowhere else.
-"""
+"""Steps become links, checked one by one against the parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +13,8 @@ import numpy as np
 from backmatch_optax import spec as _spec
 from backmatch_optax.infer import layout
 from backmatch_optax.infer.graph import Node
-from backmatch_optax.infer.layout import Axis, Factor
+from backmatch_optax.infer.layout import Axis
+from backmatch_optax.infer.signal import NO_FEATURES, Signal
 from backmatch_optax.infer.step import Heads, Step, Unknown
 from backmatch_optax.parameters import join, places
 from backmatch_optax.spec.link import Shape
@@ -50,10 +44,6 @@ _KEEPS_MEAN = (
     _spec.Slice,
     _spec.Transpose,
 )
-_NO_FEATURES = (
-    "puts out one number for each example, without an axis for it. Keep the axis, as "
-    "keepdims=True does, or [:, :1] in the place of [:, 0]"
-)
 
 
 @dataclasses.dataclass
@@ -75,17 +65,11 @@ class Context:
     kept: Mapping[str, Sequence[_spec.Link]] = dataclasses.field(default_factory=dict)
 
 
-class Links:
+class Links(Signal):
     """Links one after the other.
 
     Attributes:
-      start: the shape that they begin with, without the batch.
-      shape: the shape that they come to.
-      axes: where the axes of that shape, after the batch, are in the traced one.
-      leading: whether the first of them reads an input of the model. What only scales
-        or reshapes it before is left out.
-      fixed: whether the shape of that input must stay.
-      links: the links.
+      context: what they share with all others.
     """
 
     def __init__(
@@ -98,13 +82,7 @@ class Links:
         fixed: bool = False,
     ):
         self.context = context
-        self.start = self.shape = shape
-        self.leading, self.fixed = leading, fixed
-        self.links: list[_spec.Link] = []
-        self.shapes: list[Shape] = []  # at the input of each link
-        self.axes = self._plain() if axes is None else tuple(axes)
-        self.padding: tuple[Any, ...] = ()  # that a convolution will take
-        self.mode = ""
+        super().__init__(context.main, shape, axes, leading=leading, fixed=fixed)
 
     def add(self, step: Step) -> None:
         """Adds what a step says."""
@@ -140,7 +118,7 @@ class Links:
                 self.axes = self.axes[:axis] + self.axes[axis + 1 :]
         else:
             self._append_all(step)
-        size = math.prod(_lengths(self.axes))
+        size = math.prod(layout.lengths(self.axes))
         if not step.padding and node.op != "outputs" and size != math.prod(node.shape):
             raise Unknown(
                 node,
@@ -166,217 +144,7 @@ class Links:
         inside = [_spec.Input(links.start), *links.links]
         self._put(_spec.Memory(inside, node.path), links.shape)
 
-    # --- Shapes ------------------------------------------------------------------
-
-    def _repeats(self) -> bool:
-        """Whether the traced signal is repeated along some axis."""
-        return any(axis < 0 for axis, _, _ in itertools.chain(*self.axes))
-
-    def _plain(self) -> tuple[Axis, ...]:
-        whole = (*self.context.main.shape[:1], *self.shape)
-        return tuple(
-            ((axis, 1, size),) if size > 1 else () for axis, size in enumerate(whole)
-        )
-
-    def _is_plain(self, target: Shape) -> bool:
-        """Whether the traced signal is the chain's, in the shape `target`."""
-        return self.shape == target and self.axes == self._plain()
-
-    def become(self, target: Shape, node: Node) -> None:
-        """Puts in what the chain needs to have the traced shape.
-
-        Args:
-          target: that shape, without the batch.
-          node: where this is needed.
-        """
-        if self._is_plain(target):
-            return
-        factors = _merged(itertools.chain(*self.axes[1:]))
-        if self.axes[0] != self._plain()[0]:
-            raise Unknown(node, f"{node.op} follows on a changed batch dimension")
-        if any(axis < 0 for axis, _, _ in factors):
-            self._upsample(target, node)
-            return
-        pieces = sorted(factors, key=lambda factor: (factor[0], -factor[1]))
-        order = [pieces.index(factor) for factor in factors]
-        if not target:
-            raise Unknown(node, f"{node.op} {_NO_FEATURES}")
-        if self.fixed:
-            self._check_features(node)
-        if len(target) == 1 and self.shape:  # the same in any order
-            self._put(_spec.Flatten(), target)
-        elif self.leading and not self.fixed and not self.links:
-            self.start = self.shape = target  # the chain begins behind
-        else:
-            if order != sorted(order):
-                split = _lengths([(piece,) for piece in pieces])
-                if split != self.shape:
-                    self._put(_spec.Reshape(split), split)
-                after = tuple(split[axis] for axis in order)
-                self._put(_spec.Transpose(order), after)
-            if self.shape != target:
-                self._put(_spec.Reshape(target), target)
-        self.axes = self._plain()
-
-    def _upsample(self, target: Shape, node: Node) -> None:
-        """Puts in the upsampling that repeats each position next to itself."""
-        kept = [tuple(f for f in axis if f[0] >= 0) for axis in self.axes]
-        pairs = zip(self.axes, kept, strict=True)
-        innermost = all(axis[: len(of)] == of for axis, of in pairs)
-        if not innermost or kept[-1] != self.axes[-1]:
-            raise Unknown(node, f"{node.op} follows on a signal repeated along an axis")
-        self.axes = tuple(kept)
-        self.become(_lengths(kept)[1:], node)
-        self._put(_spec.Resize(target[:-1]), target)
-        self.axes = self._plain()
-
-    def _move(self, step: Step) -> None:
-        node, batch = step.node, self.context.main.shape[:1]
-        try:
-            self.axes = layout.moved(node, self.axes)
-        except layout.Unmatched:
-            self.become(step.source.shape[1:], node)
-            if node.shape[:1] != batch:
-                raise Unknown(node, f"{node.op} changes the batch dimension") from None
-            if not node.shape[1:]:
-                raise Unknown(node, f"{node.op} {_NO_FEATURES}") from None
-            self._put(_spec.Reshape(node.shape[1:]), node.shape[1:])
-            self.axes = self._plain()
-        if len(node.shape) == 2 < len(self.shape) + 1 and not self._repeats():
-            if node.shape[:1] == batch and self.axes[0] == self._plain()[0]:
-                self.become(node.shape[1:], node)
-
-    def _features(self, node: Node, shape: Shape, count: int) -> None:
-        """Makes the last axes of a traced shape, so many, the features."""
-        if not self.shape:
-            self.become(shape[1:], node)
-        self._check_features(node)
-        last = self.shape[-1]
-        features = _merged(itertools.chain(*self.axes[len(shape) - count :]))
-        plain = features == (((len(self.shape), 1, last),) if last > 1 else ())
-        if not plain or self._repeats():
-            positions = shape[1 : len(shape) - count]
-            self.become((*positions, math.prod(shape[-count:])), node)
-            self.axes = self._divided(node, shape)
-
-    def _check_features(self, node: Node) -> None:
-        if not self.shape:
-            main = self.context.main
-            raise Unknown(
-                node,
-                f"its input of shape {main.shape} has no batch dimension or no "
-                f"features: give it both, as in jax.ShapeDtypeStruct("
-                f"{(1, *main.shape, 1)[:2]}, jnp.{jnp.dtype(main.dtype)})",
-            )
-
-    def _in_order(self, step: Step) -> list[int]:
-        """The axes that a step takes, its features as the chain has them.
-
-        A kernel may have them in any order: no rule depends on it.
-        """
-        count = len(step.order) - step.contracted
-        positions, features = step.order[:count], step.order[count:]
-
-        def place(axis: int) -> list[tuple[int, int]]:
-            return [(on, -within) for on, within, _ in self.axes[axis]]
-
-        return [*positions, *sorted(features, key=place)]
-
-    def _divided(self, node: Node, shape: Shape) -> tuple[Axis, ...]:
-        """The axes of the chain in a traced shape of the same values in order."""
-        try:
-            return layout.reshaped(node, self._plain(), shape)
-        except layout.Unmatched:
-            size = math.prod(_lengths(self._plain()))
-            if size != math.prod(shape):
-                return self._plain()  # which `add` refuses
-            raise
-
-    def _pad(self, step: Step) -> None:
-        if self.padding and self.mode != step.mode:
-            raise Unknown(step.node, "paddings of two kinds follow one another")
-        if not self.padding:
-            self._for_window(step.source.shape[1:], step)
-        before = self.padding or ((0, 0),) * len(step.padding)
-        self.mode = step.mode
-        self.padding = tuple(
-            (a + c, b + d) for (a, b), (c, d) in zip(before, step.padding, strict=True)
-        )
-
-    def _for_window(self, actual: Shape, step: Step) -> None:
-        """Makes the shape the traced one.
-
-        Keeps the axes that a global mean leaves with one entry each.
-        """
-        if self._is_plain(actual):
-            return
-        for index in reversed(range(len(self.links))):
-            link, before = self.links[index], self.shapes[index]
-            if isinstance(link, _spec.GlobalAvgPool) and len(before) == len(actual):
-                if {1} == {*actual[:-1]}:
-                    self.links[index] = _spec.AvgPool(before[:-1])
-                    self.shape = actual
-                    self.axes = self._plain()
-                    return
-                break
-            if len(before) != 1:  # it has positions of its own
-                break
-        self.become(actual, step.node)
-
-    def _slice(self, step: Step, axis: int, *part: int) -> None:
-        """A part of one axis: of the features that it divides, if it can be."""
-        node, (start, stop, stride) = step.node, part
-        place = self.axes[axis] if len(self.axes) > axis else ()
-        (on, within, size), *more = place or ((0, 1, 1),)
-        outermost = on > 0 and within * size == self.shape[on - 1] and stride == 1
-        if more or not outermost:
-            self.become(step.source.shape[1:], node)
-            on, within, size = axis, 1, self.shape[axis - 1]
-        from_end = on - len(self.shape) - 1
-        if not on:
-            raise Unknown(node, f"{node.op} takes a part of the batch")
-        before, after = self.shape[: on - 1], self.shape[on:]
-        if stop == start + 1 and within == 1 and from_end < -1:
-            self._put(_spec.Slice(start, axis=from_end), (*before, *after))
-            self.axes = tuple(
-                tuple((a - (a > on), w, n) for a, w, n in found if a != on)
-                for found in self.axes
-            )
-            return
-        index = (start * within, stop * within)
-        if stride > 1:
-            index = (start or None, None if stop == size else stop, stride)
-        count = len(range(start, stop, stride))
-        self._put(_spec.Slice(index, axis=from_end), (*before, count * within, *after))
-        new = ((on, within, count),) if count > 1 else ()
-        self.axes = (*self.axes[:axis], new, *self.axes[axis + 1 :])
-
-    def _resize(
-        self, step: Step, axis: int, place: int, size: int, method: str
-    ) -> None:
-        """One axis of positions interpolated to another size, and put in a place."""
-        if self.axes[axis] not in self._plain()[1:]:  # a part of an axis, or several
-            self.become(step.source.shape[1:], step.node)
-        found, last = self.axes[axis], len(self.shape)
-        if len(found) != 1 or not 0 < found[0][0] < last:
-            raise Unknown(step.node, f"{step.node.op} resizes what is no position")
-        ((on, _, _),) = found
-        after = (*self.shape[: on - 1], size, *self.shape[on:])
-        previous = self.links[-1] if self.links else None
-        if isinstance(previous, _spec.Resize) and previous.method == method:
-            del self.links[-1]  # the other axis of the same
-            self.shape = self.shapes.pop()
-        self._put(_spec.Resize(after[:-1], method=method), after)
-        axes = [*self.axes[:axis], *self.axes[axis + 1 :]]
-        axes.insert(place, ((on, 1, size),) if size > 1 else ())
-        self.axes = tuple(axes)
-
     # --- Links -------------------------------------------------------------------
-
-    def _put(self, link: _spec.Link, after: Shape) -> None:
-        self.links.append(link)
-        self.shapes.append(self.shape)
-        self.shape = after
 
     def _append_all(self, step: Step) -> None:
         """Adds the links of a step."""
@@ -465,7 +233,7 @@ class Links:
             raise Unknown(step.node, f"{step.node.op} changes the batch dimension")
         shape = tuple(shape)
         if not shape:
-            raise Unknown(step.node, f"{step.node.op} {_NO_FEATURES}")
+            raise Unknown(step.node, f"{step.node.op} {NO_FEATURES}")
         if block.output_shape is None and shape != self.shape:
             block = dataclasses.replace(block, output_shape=shape)
         if block.output_shape not in (None, shape):
@@ -637,13 +405,6 @@ class Links:
             side.shapes.insert(0, side.start)
         return side
 
-    def _repeat_to(self, shape: Shape, node: Node) -> None:
-        """Repeats the signal, traced with a shape, along the axes of length 1."""
-        sizes = zip(self.axes, shape, node.shape, strict=True)
-        self.axes = tuple(
-            layout.repeated(size) if of < size else axis for axis, of, size in sizes
-        )
-
     def _gated(self, sides: list[Links], step: Step) -> list[Links]:
         """The two arms of a product, the gate last: what is smaller, or activated."""
         for side in sides:
@@ -652,7 +413,7 @@ class Links:
                 () if all(axis < 0 for axis, _, _ in found) else found
                 for found in side.axes
             )
-            target = _lengths(side.axes)[1:]
+            target = layout.lengths(side.axes)[1:]
             bare = target
             while bare[:1] == (1,) and len(bare) > len(side.shape):
                 bare = bare[1:]
@@ -715,52 +476,6 @@ class Links:
             factor = 1.0
         return factor
 
-    def _heads_together(self, roles: str, node: Node) -> list[Axis]:
-        """Makes an arm's shape (positions, features), and says where its axes went."""
-        axes = [tuple(f for f in axis if f[0] >= 0) for axis in self.axes]
-        first = self._first_of_features()
-        in_features = {
-            at
-            for at, axis in enumerate(axes)
-            if axis and min(f[0] for f in axis) >= first
-        }
-        contracted = roles.index("d")
-        if contracted not in in_features and len(axes[contracted]):
-            in_features = {at for at, role in enumerate(roles) if role in "bd" and at}
-        in_features.add(contracted)
-        kinds: tuple[list[int], ...] = ([], [], [])
-        for at, role in enumerate(roles):
-            if at:
-                kinds[2 if at in in_features else "bp".index(role)].append(at)
-        leading, positions, features = kinds
-        groups = [*([at] for at in leading), positions, features]
-        merged = [itertools.chain(*(axes[at] for at in group)) for group in groups]
-        self.axes = (axes[0], *map(tuple, map(_merged, merged)))
-        self.become(_lengths(self.axes)[1:], node)
-        places: list[Axis] = [self.axes[0]] * len(roles)
-        for axis, group in enumerate(groups, 1):
-            within = 1
-            for at in reversed(group):
-                size = math.prod(_lengths([axes[at]]))
-                places[at] = ((axis, within, size),) if size > 1 else ()
-                within *= size
-        return places
-
-    def _first_of_features(self) -> int:
-        """The last axis, or the first of those that a normalisation of heads has made.
-
-        It takes the features apart, but they stay what keys have for each position.
-        """
-        for before, link in zip(self.shapes[::-1], self.links[::-1], strict=True):
-            if (
-                isinstance(link, _spec.Reshape)
-                and self.shape[: len(before) - 1] == (before[:-1])
-            ):
-                return len(before)
-            if not isinstance(link, _spec.RMSNorm | _spec.LayerNorm | _spec.Scale):
-                break
-        return len(self.shape)
-
     def _make_attention(self) -> None:
         """Attention with its four kernels where these lie side by side."""
         before, last = self.links[-2:] if len(self.links) > 1 else (None, None)
@@ -777,20 +492,6 @@ class Links:
         if whole.arms["attention"] == (before, last):
             del self.links[-1], self.shapes[-1]
             self.links[-1] = whole
-
-
-def _merged(factors: Iterable[Factor]) -> Axis:
-    """Factors of which those that follow one another in one axis are one."""
-    found: list[Factor] = []
-    for axis, within, size in factors:
-        if found and axis >= 0 and found[-1][:2] == (axis, within * size):
-            size *= found.pop()[2]
-        found.append((axis, within, size))
-    return tuple(found)
-
-
-def _lengths(axes: Sequence[Axis]) -> Shape:
-    return tuple(math.prod(size for _, _, size in axis) for axis in axes)
 
 
 def _count(links: Sequence[_spec.Link]) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from backmatch_optax.infer.graph import Node
@@ -84,6 +85,21 @@ def reshaped(
 def repeated(size: int) -> Axis:
     """An axis along which values are repeated."""
     return ((-1, 1, size),) if size > 1 else ()
+
+
+def lengths(axes: Sequence[Axis]) -> tuple[int, ...]:
+    """The shape of a value with these axes."""
+    return tuple(math.prod(size for _, _, size in axis) for axis in axes)
+
+
+def merged(factors: Iterable[Factor]) -> Axis:
+    """Factors of which those that follow one another in one axis are one."""
+    found: list[Factor] = []
+    for axis, within, size in factors:
+        if found and axis >= 0 and found[-1][:2] == (axis, within * size):
+            size *= found.pop()[2]
+        found.append((axis, within, size))
+    return tuple(found)
 
 
 def _split(node: Node, factor: Factor, size: int) -> tuple[Factor, Factor | None]:
