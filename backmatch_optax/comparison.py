@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,13 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.measured import measure_layer_scales
 from backmatch_optax.moments import Gains
 from backmatch_optax.parameters import Unlisted, listed, locate
-from backmatch_optax.scales import layer_scales, main_path, path_of
+from backmatch_optax.scales import (
+    check_arrays,
+    layer_scales,
+    main_path,
+    main_paths,
+    path_of,
+)
 from backmatch_optax.spec.link import Site, every
 from backmatch_optax.text import aligned, indexed
 
@@ -119,9 +126,10 @@ def compare_scales(
         raise ValueError(f"tolerance (={tolerance!r}) must be above 1")
     sites = locate(spec, params, unlisted=unlisted)
     walked = [*_one_by_one(sites)]
-    declared = layer_scales(
-        spec, params, gains=gains, norm_floor=0, normalize=False, unlisted=unlisted
-    )
+    check_arrays(params)
+    options: Any = {"gains": gains, "norm_floor": 0, "normalize": False}
+    scales_of = functools.partial(layer_scales, spec, unlisted=unlisted, **options)
+    declared = jax.jit(scales_of)(params)  # one program compiles faster than its parts
     owners = {main_path(site): site for site in every(sites) if site.params}
     blocks = tuple(p for p, site in owners.items() if site.link.owns_subtree)
 
@@ -138,11 +146,11 @@ def compare_scales(
         layer_of=parameter_or_block,
         stacked=[path for path, site in owners.items() for _ in site.stacked],
     )
-    mains = dict(zip(declared, owners, strict=True))
+    mains = main_paths(sites)
     places = [(path_of(site), at) for site, at in walked if site.params]
 
     def named(of: dict[str, jax.Array], key_of: Callable[[str], str]) -> Any:
-        arrays = {path: np.asarray(of[key_of(path)]) for path in declared}
+        arrays = {path: np.asarray(of[key_of(path)]) for path in mains}
         return {indexed(path, at): float(arrays[path][at]) for path, at in places}
 
     scales = named(declared, str)

@@ -138,12 +138,7 @@ def walk(
     """The chain's sites with moments and `m` filled in by the two passes."""
     refuse_parts(params, getattr(spec, "paths", ()))
     sites = locate(spec, params, unlisted=unlisted)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ValueError(
-                f"{text(path)!r} is a ShapeDtypeStruct, but scales need concrete "
-                "arrays; check_spec does with shapes"
-            )
+    check_arrays(params)
     for site in every(sites):
         site.mean_field = gains == "mean_field"
         site.norm_floor = norm_floor
@@ -154,6 +149,16 @@ def walk(
     output = recursion.forward(sites, Moments(number(1.0)))
     recursion.backward(sites, output.q)  # m is 1 there
     return sites
+
+
+def check_arrays(params: optax.Params) -> None:
+    """Raises `ValueError` where a parameter is a shape only."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{text(path)!r} is a ShapeDtypeStruct, but scales need concrete "
+                "arrays; check_spec does with shapes"
+            )
 
 
 def check_options(

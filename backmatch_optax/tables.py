@@ -12,11 +12,12 @@ from jax.core import Tracer
 
 from backmatch_optax import spec as _spec
 from backmatch_optax.moments import Gains
-from backmatch_optax.parameters import Unlisted
-from backmatch_optax.powers import Positive, evaluate
+from backmatch_optax.parameters import Unlisted, locate
+from backmatch_optax.powers import evaluate
 from backmatch_optax.scales import (
     LIMIT,
     NORM_FLOOR,
+    check_arrays,
     check_options,
     main_path,
     scale_of_params,
@@ -99,10 +100,24 @@ def describe(
             "layer_scales(spec, params) instead"
         )
     check_options(gains, norm_floor, normalize, limit, unlisted)
-    sites = walk(spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted)
-    scales = scale_of_params(sites, normalize, limit)
-    table = aligned([_HEADER, *_rows(sites, scales, depth=0)])
-    return "\n".join([table, *_approximations(sites)])
+    sites = locate(spec, params, unlisted=unlisted)
+    check_arrays(params)
+    approximations: list[str] = []
+
+    @jax.jit  # one program compiles faster than its parts
+    def figures(params: optax.Params) -> tuple[dict[str, jax.Array], jax.Array]:
+        walked = walk(
+            spec, params, gains=gains, norm_floor=norm_floor, unlisted=unlisted
+        )
+        approximations[:] = _approximations(walked)
+        scales = scale_of_params(walked, normalize, limit)
+        shown = [n for site in _shown(walked) for n in (site.q, site.m)]
+        return scales, evaluate(shown, jnp.dtype(jnp.float32))
+
+    scales, shown = figures(params)
+    moments = (f"{figure:.4g}" for figure in shown.tolist())
+    table = aligned([_HEADER, *_rows(sites, scales, moments, depth=0)])
+    return "\n".join([table, *approximations])
 
 
 def _approximations(sites: Sequence[Site]) -> Iterator[str]:
@@ -128,9 +143,18 @@ def _approximations(sites: Sequence[Site]) -> Iterator[str]:
         yield f"approximate: {', '.join(of[:3])}{more}: {reason}"
 
 
+def _shown(sites: Sequence[Site]) -> Iterator[Site]:
+    """The sites with moments of their own in the table, in its order."""
+    return (site for site in every(sites) if not site.stacked)
+
+
 def _rows(
-    sites: Sequence[Site], scales: Mapping[str, jax.Array], depth: int
+    sites: Sequence[Site],
+    scales: Mapping[str, jax.Array],
+    moments: Iterator[str],
+    depth: int,
 ) -> Iterator[tuple[str, ...]]:
+    """Rows of the table; `moments` are those of `_shown`, one after the other."""
     indent = "  " * depth
     for site in sites:
         link = site.link
@@ -153,15 +177,9 @@ def _rows(
             kernel,
             shape_text(site.output_shape),
             str(site.positions_out),
-            "" if site.stacked else _figure(site.q),
-            "" if site.stacked else _figure(site.m),
+            *(("", "") if site.stacked else (next(moments), next(moments))),
             scale,
         )
         for arm, chain in site.arms.items():
             yield (f"{indent}  {arm}:", *[""] * (len(_HEADER) - 1))
-            yield from _rows(chain, scales, depth + 2)
-
-
-def _figure(value: Positive) -> str:
-    (evaluated,) = evaluate([value], jnp.dtype(jnp.float32))
-    return f"{float(evaluated):.4g}"
+            yield from _rows(chain, scales, moments, depth + 2)
