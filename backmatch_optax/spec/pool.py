@@ -10,7 +10,7 @@ from backmatch_optax.activations import after_max_pool
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.link import Link, Shape, Site
-from backmatch_optax.spec.windows import Windowed, checked_shape, per_dimension
+from backmatch_optax.spec.windows import Window, Windowed, checked_shape, per_dimension
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -34,8 +34,32 @@ class _Pool(Windowed):
         """Positions of the window, the input's features."""
         del param_shapes
         *sizes, features = input_shape
+        return (*self.sliding(tuple(sizes)).output_sizes(), features)
+
+    def sliding(self, sizes: Shape) -> Window:
+        """The window over an input of these sizes."""
         taps = per_dimension("window_shape", self.window_shape, len(sizes))
-        return (*self.window(tuple(sizes), taps).output_sizes(), features)
+        return self.window(sizes, taps)
+
+    def handed(self, here: Site) -> tuple[float, float]:
+        """How many outputs hand on to an input: the mean, and mean square over it."""
+        raise NotImplementedError
+
+    def added_up(self, here: Site) -> Positive:
+        """How much larger what overlapping windows hand to an input is.
+
+        Where they hand on the same, as below a mean over positions, it adds up.
+        """
+        more = self.handed(here)[1] - 1.0
+        if here.common is None or more <= 0.0:
+            return number(1.0)
+        return here.common * more + number(1.0)
+
+    def common_below(self, here: Site) -> Positive | None:
+        # At all positions the mean of what they are handed, of which there is more.
+        if here.common is None:
+            return None
+        return here.common * min(self.handed(here)) / self.added_up(here)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -63,17 +87,18 @@ class MaxPool(_Pool):
         handed = number(here.size_out / here.size_in)
         if not here.mean_field:
             return handed
-        return handed * after_max_pool(here.moments, math.prod(self.window_shape))[1]
+        gain = after_max_pool(here.moments, math.prod(self.window_shape))[1]
+        return handed * gain * self.added_up(here)
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:
             return here.moments
         return after_max_pool(here.moments, math.prod(self.window_shape))[0]
 
-    def common_below(self, here: Site) -> Positive | None:
-        # Which value of a window is the largest is another for each window.
-        share = min(here.size_out / here.size_in, 1.0)
-        return None if here.common is None else here.common * share
+    def handed(self, here: Site) -> tuple[float, float]:
+        # Each output to one input, to which neighbouring windows may hand theirs, too.
+        mean = min(here.size_out / here.size_in, 1.0)
+        return mean, self.sliding(here.input_shape[:-1]).winning()
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -96,7 +121,11 @@ class AvgPool(_Pool):
 
     def m_z(self, here: Site) -> Positive:
         # Each output hands 1 / k of its value to k inputs: least squares, BM (11).
-        return number(here.size_out / here.size_in / math.prod(self.window_shape))
+        alone = here.size_out / here.size_in / math.prod(self.window_shape)
+        return self.added_up(here) * alone
+
+    def handed(self, here: Site) -> tuple[float, float]:
+        return self.sliding(here.input_shape[:-1]).covering()
 
     def moments_after(self, here: Site) -> Moments:
         if not here.mean_field:

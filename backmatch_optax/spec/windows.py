@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import numpy as np
 
 from backmatch_optax.spec.link import Link, Shape
 
@@ -41,6 +44,45 @@ class Window(NamedTuple):
             (size - extent) // stride + 1
             for size, extent, stride in zip(padded, reach, self.strides, strict=True)
         )
+
+    def covering(self) -> tuple[float, float]:
+        """In how many windows an input position is: the mean, and its mean square.
+
+        Returns:
+          The mean over positions, and the mean square over the mean.
+        """
+        mean = square = 1.0
+        for size, taps, stride, step, (low, _), count in zip(
+            *self, self.output_sizes(), strict=True
+        ):
+            places = np.add.outer(
+                np.arange(count) * stride, np.arange(taps) * step - low
+            )
+            times = np.bincount(places[(places >= 0) & (places < size)], minlength=size)
+            mean *= times.mean()
+            square *= (times**2).sum() / times.sum()
+        return float(mean), float(square)
+
+    def winning(self) -> float:
+        """How many windows have the maximum of one window for theirs, itself included.
+
+        The mean, of independent values: two windows have one maximum where the largest
+        of both is in both.
+        """
+        reaches = [
+            range(-((taps - 1) // stride), (taps - 1) // stride + 1)
+            for taps, stride in zip(self.taps, self.strides, strict=True)
+        ]
+        size, found = math.prod(self.taps), 0.0
+        for moves in itertools.product(*reaches):
+            shared = math.prod(
+                taps - abs(move) * stride
+                for move, taps, stride in zip(
+                    moves, self.taps, self.strides, strict=True
+                )
+            )
+            found += shared / (2 * size - shared)
+        return found
 
     def inside(self, outputs: Shape) -> tuple[float, float]:
         """How much of the input the taps see, where they meet zeros on the padding.

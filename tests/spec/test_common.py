@@ -72,6 +72,34 @@ def test_terms_add_up_where_all_positions_get_the_same(name):
     )
 
 
+class Overlapping(nn.Module):
+    """A pooling over images, then a kernel, a mean over positions and a head."""
+
+    pool: Any
+    strides: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(24, (3, 3), padding="CIRCULAR", name="a")(x))
+        x = self.pool(x, (3, 3), (self.strides, self.strides), "SAME")
+        x = nn.relu(nn.Conv(16, (1, 1), name="b")(x))
+        return nn.Dense(8, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize(
+    ("pool", "link"), [(nn.avg_pool, spec.AvgPool), (nn.max_pool, spec.MaxPool)]
+)
+def test_what_overlapping_windows_hand_to_a_position_adds_up(pool, link, strides):
+    first = spec.Conv("a", padding="CIRCULAR")
+    pooled = link((3, 3), strides=strides, padding="SAME")
+    links = [first, RELU, pooled, spec.Conv("b"), RELU, POOL, spec.Dense("head")]
+    ratios = agreement(Overlapping(pool, strides), links, normal(8, 8, 6), draws=40)
+    # As if cotangents were unrelated, the first kernel would be at 0.12 or 0.4.
+    for layer in "ab":
+        assert 0.7 < ratios[f"{layer}/kernel"] < 1.5, ratios
+
+
 def test_two_kernels_that_see_one_signal_are_not_unrelated():
     gate = spec.Gate([spec.Dense("b"), spec.Activation("silu")], [spec.Dense("c")])
     links = [spec.Dense("a"), gate, spec.Dense("d"), POOL, spec.Dense("head")]
