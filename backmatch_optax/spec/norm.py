@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from backmatch_optax.activations import DENSITY
-from backmatch_optax.moments import Moments
+from backmatch_optax.moments import NOTHING, Moments
 from backmatch_optax.numerics import checked_count, wide
-from backmatch_optax.powers import Positive, magnitudes, measured, number, share
+from backmatch_optax.powers import (
+    Positive,
+    applied,
+    magnitudes,
+    measured,
+    number,
+    share,
+)
 from backmatch_optax.spec.link import (
     Elementwise,
     Link,
@@ -219,15 +228,56 @@ class GroupNorm(_Normalisation):
         # The mean of g units with means of either sign has a g-th of their square.
         units = here.fan_in // self.num_groups
         spread = here.moments.spread
-        if spread is None or units == 1:
+        if units == 1:  # the mean over positions, too, has nothing left
+            return Moments(here.moments.variance)
+        if spread is None:
             return Moments(here.moments.variance, along=here.moments.along)
         spread = spread * (1.0 - 1.0 / units)
         return Moments(here.moments.variance, spread, along=here.moments.along)
 
+    def m_z(self, here: Site) -> Positive:
+        return super().m_z(here) * self._left(here)[0]
+
+    def common_below(self, here: Site) -> Positive | None:
+        return self._left(here)[1]
+
     def aligned_below(self, here: Site) -> Positive | None:
-        # What goes with the signal of a whole group is taken away.
-        left = 1.0 - self.num_groups / here.fan_in
-        return here.aligned * left if here.aligned and left else None
+        return self._left(here)[2]
+
+    def _left(self, here: Site) -> tuple[Positive, Positive | None, Positive | None]:
+        """What is left of what passes back, and which share of it is of each kind.
+
+        A group's mean is taken away, and what goes with its signal. Both are sums over
+        the units of the group, of either sign: of a square, a share of 1 / units.
+        """
+        parts, units = (here.common, here.aligned), here.fan_in // self.num_groups
+        known = [part for part in parts if part is not None]
+        if not known:
+            return number(1.0), None, None
+        function = _taken(units, here.positions_in)
+        if any(part.powers for part in known):
+            found = here.once("left", lambda: applied(function, parts))
+        else:  # so that norms still cancel
+            shares = [math.exp(p.log_constant) if p else 0.0 for p in parts]
+            figures = function(*shares, maximum=max)
+            found = [number(max(figure, NOTHING)) for figure in figures]
+        left, common, aligned = found
+        if units == 1:
+            return left, None, None
+        return left, here.common and common, here.aligned and aligned
+
+
+@functools.cache
+def _taken(units: int, positions: int) -> Callable[..., Sequence[Any]]:
+    """`GroupNorm._left` for groups of so many units, as a function of both shares."""
+
+    def taken(common: Any, aligned: Any, maximum: Any = jnp.maximum) -> Sequence[Any]:
+        # Borders and chance leave something where the rule leaves nothing.
+        left = maximum(1.0 - (common + aligned) / units, 1.0 / positions)
+        rest = (1.0 - 1.0 / units) / left
+        return left, common * rest, aligned * rest
+
+    return taken
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

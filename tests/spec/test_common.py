@@ -100,6 +100,32 @@ def test_what_overlapping_windows_hand_to_a_position_adds_up(pool, link, strides
         assert 0.7 < ratios[f"{layer}/kernel"] < 1.5, ratios
 
 
+class Grouped(nn.Module):
+    """Normalisations over groups and positions, a mean over positions and a head."""
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x):
+        for name in "ab":
+            x = nn.Conv(24, (3, 3), padding="CIRCULAR", name=name)(x)
+            x = nn.relu(nn.GroupNorm(self.groups, name=f"n{name}")(x))
+        return nn.Dense(8, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("groups", [24, 12, 2])
+def test_a_group_norm_takes_away_what_positions_have_in_common(groups):
+    links: list[spec.Link] = []
+    for name in "ab":
+        norm = spec.GroupNorm(f"n{name}", num_groups=groups)
+        links += [spec.Conv(name, padding="CIRCULAR"), norm, RELU]
+    links += [POOL, spec.Dense("head")]
+    ratios = agreement(Grouped(groups), links, normal(8, 8, 6), draws=20)
+    # As if nothing were taken away, the second kernel of 24 groups would be at 80.
+    for layer in ("a", "b", "head"):
+        assert 0.8 < ratios[f"{layer}/kernel"] < 1.6, ratios
+
+
 def test_two_kernels_that_see_one_signal_are_not_unrelated():
     gate = spec.Gate([spec.Dense("b"), spec.Activation("silu")], [spec.Dense("c")])
     links = [spec.Dense("a"), gate, spec.Dense("d"), POOL, spec.Dense("head")]
