@@ -50,10 +50,10 @@ class _Pool(Windowed):
 
         Where they hand on the same, as below a mean over positions, it adds up.
         """
-        more = self.handed(here)[1] - 1.0
-        if here.common is None or more <= 0.0:
+        if here.common is None:
             return number(1.0)
-        return here.common * more + number(1.0)
+        more = self.handed(here)[1] - 1.0
+        return here.common * more + number(1.0) if more > 0.0 else number(1.0)
 
     def common_below(self, here: Site) -> Positive | None:
         # At all positions the mean of what they are handed, of which there is more.

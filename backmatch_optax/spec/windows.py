@@ -69,20 +69,16 @@ class Window(NamedTuple):
         The mean, of independent values: two windows have one maximum where the largest
         of both is in both.
         """
-        reaches = [
-            range(-((taps - 1) // stride), (taps - 1) // stride + 1)
-            for taps, stride in zip(self.taps, self.strides, strict=True)
-        ]
-        size, found = math.prod(self.taps), 0.0
-        for moves in itertools.product(*reaches):
-            shared = math.prod(
-                taps - abs(move) * stride
-                for move, taps, stride in zip(
-                    moves, self.taps, self.strides, strict=True
-                )
-            )
-            found += shared / (2 * size - shared)
-        return found
+        shared = []  # along each dimension, by the windows that there are
+        for taps, stride, count in zip(
+            self.taps, self.strides, self.output_sizes(), strict=True
+        ):
+            reach = min((taps - 1) // stride, count - 1)
+            moves = range(-reach, reach + 1)
+            shared.append([taps - abs(move) * stride for move in moves])
+        size = math.prod(self.taps)
+        both = map(math.prod, itertools.product(*shared))
+        return sum(n / (2 * size - n) for n in both)
 
     def inside(self, outputs: Shape) -> tuple[float, float]:
         """How much of the input the taps see, where they meet zeros on the padding.

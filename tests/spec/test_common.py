@@ -100,6 +100,22 @@ def test_what_overlapping_windows_hand_to_a_position_adds_up(pool, link, strides
         assert 0.7 < ratios[f"{layer}/kernel"] < 1.5, ratios
 
 
+class OneWindow(nn.Module):
+    """A maximum along one axis of an image, and a mean along the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(24, (3, 3), padding="CIRCULAR", name="a")(x))
+        return nn.Dense(8, name="head")(nn.max_pool(x, (8, 1)).mean((1, 2)))
+
+
+def test_a_single_window_overlaps_with_no_other():
+    links = [spec.Conv("a", padding="CIRCULAR"), RELU, spec.MaxPool((8, 1))]
+    links += [POOL, spec.Dense("head")]
+    ratios = agreement(OneWindow(), links, normal(8, 8, 6), draws=40)
+    assert 0.7 < ratios["a/kernel"] < 1.5, ratios
+
+
 class Grouped(nn.Module):
     """Normalisations over groups and positions, a mean over positions and a head."""
 
