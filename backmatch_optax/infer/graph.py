@@ -359,11 +359,15 @@ def common_dominators(nodes: Sequence[Node]) -> Node:
     return functools.reduce(common_dominator, own or nodes)
 
 
-def memories(output: Node) -> Iterator[Node]:
+def memories(output: Node, raw: bool = False) -> Iterator[Node]:
     """What may be an encoder's output, read at several places where other inputs flow.
 
     Each is the last value that all ways of some inputs to those of others pass through,
-    with parameters below it and more than one use above.
+    with more than one use above, and with parameters below it.
+
+    Args:
+      output: the end of the graph.
+      raw: whether an input may be one as it is.
     """
     order = _in_order(output)
     reached: dict[Node, frozenset[Node]] = {}
@@ -382,8 +386,8 @@ def memories(output: Node) -> Iterator[Node]:
             continue
         found = functools.reduce(common_dominator, border)
         uses = [node for node in order if found in node.flow]
-        learned = any(node.uses for node in above(found))
-        if found.operands and len(uses) > 1 and learned:
+        learned = found.operands and any(node.uses for node in above(found))
+        if len(uses) > 1 and (learned or (raw and found.op == "input")):
             yield found
 
 

@@ -78,36 +78,43 @@ def chain(
         used.update(cutter.blocks.used)
         return links
 
-    def keeping(end: Node, before: Context, main: Node | None) -> Links:
+    def keeping(end: Node, before: Context, main: Node | None, raw: bool) -> Links:
         """The links to an end, with one `Memory` in another where several are kept.
 
         Nothing is kept that comes from the main input.
         """
-        nodes = (n for n in graph.memories(end) if main not in graph.inputs(n))
+        nodes = (n for n in graph.memories(end, raw) if main not in graph.inputs(n))
         node = next(nodes, None)
         if node is None:
             return along(end, before)
         links = along(node, before)
         above, given = graph.kept_apart(end, node)
-        if before.kept:  # named after the layer that makes it
+        given.path = ""
+        if before.kept:  # named after the layer that makes it, or the input
             paths = [link.path for link in with_paths(links.links) if link.path]
-            given.path = (paths or [f"memory {len(before.kept)}"])[-1]
+            given.path = [node.path or f"memory {len(before.kept)}", *paths][-1]
         kept = {**before.kept, given.path: links.links}
-        inside = keeping(above, dataclasses.replace(links.context, kept=kept), main)
+        context = dataclasses.replace(links.context, kept=kept)
+        inside = keeping(above, context, main, raw)
         links.keep(given, inside)
         return links
 
-    def mains() -> Iterator[Node | None]:
-        """None first; where that fails and something may be kept, each input."""
-        yield None
-        if any(graph.memories(output)):
-            yield from sorted(graph.inputs(output), key=_preference)
+    def mains() -> Iterator[tuple[Node | None, bool]]:
+        """None first; where that fails and something may be kept, each input.
+
+        Last of all with inputs that are kept as they are.
+        """
+        yield None, False
+        for raw in (False, True):
+            if any(graph.memories(output, raw)):
+                for leaf in sorted(graph.inputs(output), key=_preference):
+                    yield leaf, raw
 
     links = failure = None
-    for main in mains():
+    for main, raw in mains():
         used.clear()
         try:
-            links = keeping(output, Context(params, measure, output), main)
+            links = keeping(output, Context(params, measure, output), main, raw)
             break
         except Unknown as unknown:
             failure = failure or unknown

@@ -90,6 +90,49 @@ def test_in_nnx_and_with_the_encoder_second():
     assert worst(ratios(Reader, chain, *shapes)) < 2
 
 
+class Conditioned(nn.Module):
+    """Layers that each read the other inputs by kernels of their own."""
+
+    reads: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x, *others):
+        x = nn.Dense(16)(x)
+        for _ in range(2):
+            for how, other in zip(self.reads, others, strict=True):
+                if how == "attention":
+                    x += nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x), other)
+                    continue
+                of = nn.Embed(10, 32) if how == "label" else nn.Dense(32)
+                scale, shift = jnp.split(of(other)[:, None], 2, -1)
+                x = nn.relu(nn.Dense(16)(x) * (1 + scale) + shift)
+        return nn.Dense(3)(x)
+
+
+VECTOR, TOKENS = array(2, 6), array(2, 7, 6)
+
+
+@pytest.mark.parametrize(
+    ("reads", "others", "recalls"),
+    [
+        (["attention"], [TOKENS], ["(7, 6)"]),
+        (["features"], [VECTOR], ["(6,)"]),
+        (["label"], [array(2, dtype=jnp.int32)], ["()"]),
+        (["features", "attention"], [VECTOR, TOKENS], ["(6,), 'inputs[1]'", "(7, 6)"]),
+    ],
+    ids=["attention", "features", "label", "features and attention"],
+)
+def test_an_input_that_several_layers_read_as_it_is(reads, others, recalls):
+    model, inputs = Conditioned(tuple(reads)), [array(2, 5, 8), *others]
+    chain = infer_spec(model, *inputs)
+    (memory,) = chain.layers
+    assert isinstance(memory, spec.Memory)
+    assert memory.name == ""
+    for recall in recalls:
+        assert repr(chain).count(f"spec.Recall({recall})") > 1
+    assert worst(ratios(model, chain, *inputs)) < 2.5
+
+
 class Recurrent(nn.Module):
     """An encoder that is no chain."""
 
