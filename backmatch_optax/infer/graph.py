@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ _CALLS = {"jit", "closed_call", "call", "remat2"}
 # Primitives that hand on what they are given.
 _ALIASES = {"copy", "device_put", "name", "optimization_barrier"}
 _ALIASES |= {"reduce_precision", "reshard", "sharding_constraint"}
+_SUMS = {"add", "add_any"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -335,6 +337,46 @@ def _node(
     node.uses = frozenset().union(*(o.uses for o in operands if not o.flows))
     if node.flow:
         _find_dominator(node)
+    if op in _SUMS and len(node.flow) == 2:
+        _regroup(node)
+    return node
+
+
+def _regroup(node: Node) -> None:
+    """Adds first those terms of a sum that have most of their way in common.
+
+    So `(x + a(h)) + b(h)`, where `h` is made of `x`, is `x + (a(h) + b(h))`.
+    """
+    terms = _terms(node, node)
+    pairs = itertools.combinations(range(len(terms)), 2)
+    shared = {(i, j): common_dominator(terms[i], terms[j]) for i, j in pairs}
+    best = max(shared, key=lambda pair: shared[pair].depth)
+    if shared[best] is node.dominator:
+        return
+    others = [term for place, term in enumerate(terms) if place not in best]
+    alike = functools.partial(_sum, node)
+    node.operands = (
+        functools.reduce(alike, others),
+        alike(*(terms[place] for place in best)),
+    )
+    _regroup(node)
+
+
+def _terms(node: Node, whole: Node) -> list[Node]:
+    """What a sum adds up, with the terms of its terms that begin where it does."""
+    terms: list[Node] = []
+    for term in node.flow:
+        inside = term.op in _SUMS and len(term.flow) == 2
+        inside = inside and term.dominator is whole.dominator
+        terms += _terms(term, whole) if inside else [term]
+    return terms
+
+
+def _sum(like: Node, *terms: Node) -> Node:
+    """Another sum of the same shape."""
+    node = dataclasses.replace(like, operands=terms)
+    _find_dominator(node)
+    _regroup(node)
     return node
 
 

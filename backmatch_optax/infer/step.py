@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from backmatch_optax import spec as _spec
@@ -100,6 +100,14 @@ class Unknown(Exception):
         self.node = node
         self.reason = reason
         self.block = block  # that would describe it, taken from here on
+
+
+def nodes(steps: Sequence[Step]) -> Iterator[Node]:
+    """The nodes that steps lead to, those inside arms too."""
+    for step in steps:
+        yield step.node
+        for arm in step.arms:
+            yield from nodes(arm)
 
 
 RULES: dict[str, Callable[[Node], Step]] = {}

@@ -32,10 +32,12 @@ from backmatch_optax.infer.step import (
     Step,
     Unknown,
     description,
+    nodes,
 )
 from backmatch_optax.spec.link import Shape, with_paths
 
 _SUMS = ("add", "add_any", "sub")
+_ADDITIVE = ("concatenate", "sum")  # the curvatures of whose arms add
 
 
 def chain(
@@ -60,9 +62,9 @@ def chain(
     """
     used: set[_spec.Block] = set()
 
-    def along(end: Node, before: Context) -> Links:
+    def along(end: Node, before: Context, again: bool) -> Links:
         start, main = _beginning(end)
-        cutter = _Cutter(Blocks(blocks, end, params))
+        cutter = _Cutter(Blocks(blocks, end, params), again)
         while True:
             given = dataclasses.replace(before, main=main, used={**before.used})
             links = Links(given, main.shape[1:], leading=True)
@@ -78,7 +80,9 @@ def chain(
         used.update(cutter.blocks.used)
         return links
 
-    def keeping(end: Node, before: Context, main: Node | None, raw: bool) -> Links:
+    def keeping(
+        end: Node, before: Context, main: Node | None, raw: bool, again: bool
+    ) -> Links:
         """The links to an end, with one `Memory` in another where several are kept.
 
         Nothing is kept that comes from the main input.
@@ -86,8 +90,8 @@ def chain(
         nodes = (n for n in graph.memories(end, raw) if main not in graph.inputs(n))
         node = next(nodes, None)
         if node is None:
-            return along(end, before)
-        links = along(node, before)
+            return along(end, before, again)
+        links = along(node, before, again)
         above, given = graph.kept_apart(end, node)
         given.path = ""
         if before.kept:  # named after the layer that makes it, or the input
@@ -95,26 +99,28 @@ def chain(
             given.path = [node.path or f"memory {len(before.kept)}", *paths][-1]
         kept = {**before.kept, given.path: links.links}
         context = dataclasses.replace(links.context, kept=kept)
-        inside = keeping(above, context, main, raw)
+        inside = keeping(above, context, main, raw, again)
         links.keep(given, inside)
         return links
 
-    def mains() -> Iterator[tuple[Node | None, bool]]:
-        """None first; where that fails and something may be kept, each input.
+    def ways() -> Iterator[tuple[Node | None, bool, bool]]:
+        """No main input first; where that fails and something may be kept, each input.
 
-        Last of all with inputs that are kept as they are.
+        Then with inputs that are kept as they are. Last of all in the same order, with
+        layers that arms of a sum or a concatenation have in common.
         """
-        yield None, False
-        for raw in (False, True):
-            if any(graph.memories(output, raw)):
-                for leaf in sorted(graph.inputs(output), key=_preference):
-                    yield leaf, raw
+        for again in (False, True):
+            yield None, False, again
+            for raw in (False, True):
+                if any(graph.memories(output, raw)):
+                    for leaf in sorted(graph.inputs(output), key=_preference):
+                        yield leaf, raw, again
 
     links = failure = None
-    for main, raw in mains():
+    for way in ways():
         used.clear()
         try:
-            links = keeping(output, Context(params, measure, output), main, raw)
+            links = keeping(output, Context(params, measure, output), *way)
             break
         except Unknown as unknown:
             failure = failure or unknown
@@ -150,8 +156,9 @@ def _preference(leaf: Node) -> Any:
 
 
 class _Cutter:
-    def __init__(self, blocks: Blocks):
+    def __init__(self, blocks: Blocks, again: bool):
         self.blocks = blocks
+        self.again = again  # whether arms that add up may have layers in common
         self.forced: dict[Node, _spec.Block] = {}  # what else would not be known
         self._seen: dict[tuple[Node, Node], Step | Node | None] = {}
         self._factors: set[Node] = set()  # what is multiplied by another signal
@@ -199,7 +206,7 @@ class _Cutter:
             yield Unknown(
                 node,
                 f"{node.op} joins signals that several layers read, before either is "
-                "joined to the others. Write (x + a) + b in the place of x + (a + b)",
+                "joined to the others",
             )
             return
         if begin.op == "input" and _makes_features(node, begin):
@@ -297,12 +304,12 @@ class _Cutter:
         if step.joins == "attention":
             query, key, value = arms
             arms = [query, key, _parted(key, value)]
-        if step.joins == "outputs":
-            # What leads to several outputs comes again, and curvatures add.
+        if step.joins == "outputs" or (self.again and step.joins in _ADDITIVE):
+            # What leads to several of them comes again, and curvatures add.
             seen: set[Node] = set()
             for place, arm in enumerate(arms):
                 arms[place] = _again(arm, seen)
-                seen.update(_nodes(arm))
+                seen.update(nodes(arm))
         return dataclasses.replace(step, arms=arms)
 
 
@@ -389,6 +396,9 @@ def _in_the_mean(steps: Sequence[Step]) -> list[Any]:
 
 def _unrelated(step: Step) -> bool:
     """Whether a kernel, or inputs of their own, make two arms unrelated."""
+    shared = set.intersection(*({*nodes(arm)} for arm in step.arms))
+    if all(_reaches(arm, shared) for arm in step.arms):
+        return False
     if any(map(_mixes, step.arms)):
         first, second = map(_in_the_mean, step.arms)
         return first != second
@@ -397,6 +407,22 @@ def _unrelated(step: Step) -> bool:
         return not _read_before(*sorted(step.ends, key=lambda end: end.recalls))
     one, other = ({*graph.inputs(end)} for end in step.ends)
     return step.source.op == "inputs" and not one & other
+
+
+def _reaches(steps: Sequence[Step], begins: Collection[Node], bare=False) -> bool:
+    """Whether one of some nodes reaches the end of an arm with no kernel in between.
+
+    Args:
+      steps: the arm.
+      begins: the nodes.
+      bare: whether the arm begins with what one of them reached in this way.
+    """
+    for step in steps:
+        if step.arms:
+            bare = any(_reaches(arm, begins, bare) for arm in step.arms)
+        bare = bare and not any(map(_has_kernel, step.links))
+        bare = bare or step.node in begins
+    return bare
 
 
 def _read_before(signal: Node, recalled: Node) -> bool:
@@ -468,14 +494,6 @@ def _again(steps: Sequence[Step], seen: Collection[Node]) -> list[Step]:
         )
         for step in steps
     ]
-
-
-def _nodes(steps: Sequence[Step]) -> Iterator[Node]:
-    """The nodes that steps lead to, those inside arms too."""
-    for step in steps:
-        yield step.node
-        for arm in step.arms:
-            yield from _nodes(arm)
 
 
 def _has_kernel(link: Any) -> bool:
