@@ -288,6 +288,22 @@ class LinenGpt(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
+class ParallelGpt(nn.Module):
+    """A decoder whose attention and MLP read one normalised signal, as in PaLM."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Embed(64, 32)(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.3), (1, 16, 32))
+        mask = nn.make_causal_mask(tokens)
+        for _ in range(2):
+            y = nn.LayerNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(4)(y, mask=mask)
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(128)(y)))
+        return nn.Dense(64)(nn.LayerNorm()(x))
+
+
 class GptLayer(nn.Module):
     """A layer of `ScannedGpt`."""
 
@@ -504,6 +520,25 @@ class Gemma(nnx.Module):
             x = layer(x)
         logits = self.embed.attend(self.norm(x))
         return 30 * jnp.tanh(logits / 30) if self.bounded else logits
+
+
+class WaveNet(nn.Module):
+    """Layers that each put out one signal for the next and another for the end."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Conv(32, (1,))(x)
+        ends = []
+        for index in range(4):
+            y, gate = jnp.split(
+                nn.Conv(64, (2,), kernel_dilation=2**index, padding="CAUSAL")(x), 2, -1
+            )
+            y = nn.tanh(y) * nn.sigmoid(gate)
+            ends.append(nn.Conv(32, (1,))(y))
+            if index < 3:
+                x = x + nn.Conv(32, (1,))(y)
+        return nn.Conv(16, (1,))(nn.relu(sum(ends[1:], ends[0])))
 
 
 class TwoTowers(nn.Module):
