@@ -7,6 +7,7 @@ nodes with real arrays.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -26,7 +27,6 @@ _CALLS = {"jit", "closed_call", "call", "remat2"}
 # Primitives that hand on what they are given.
 _ALIASES = {"copy", "device_put", "name", "optimization_barrier"}
 _ALIASES |= {"reduce_precision", "reshard", "sharding_constraint"}
-_SUMS = {"add", "add_any"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -117,7 +117,9 @@ def read(closed: Any, arguments: Sequence[Node]) -> list[Node]:
     for argument in arguments:
         if argument.flows:
             argument.dominator, argument.depth = everything, 1
-    return _read(closed.jaxpr, closed.consts, arguments, "", "", {})
+    outputs = _read(closed.jaxpr, closed.consts, arguments, "", "", {})
+    _regroup_all(outputs)
+    return outputs
 
 
 def _read(
@@ -218,6 +220,7 @@ def layer(node: Node) -> Node:
         )
         consts = getattr(node.options["jaxpr"], "consts", ())
         node.body = _read(_body(node), consts, arguments, *place, {})[node.result]
+        _regroup_all([node.body])
     return node.body
 
 
@@ -337,47 +340,57 @@ def _node(
     node.uses = frozenset().union(*(o.uses for o in operands if not o.flows))
     if node.flow:
         _find_dominator(node)
-    if op in _SUMS and len(node.flow) == 2:
-        _regroup(node)
     return node
 
 
-def _regroup(node: Node) -> None:
-    """Adds first those terms of a sum that have most of their way in common.
+def _regroup_all(outputs: Sequence[Node]) -> None:
+    """Adds first those terms of each sum that have most of their way in common.
 
-    So `(x + a(h)) + b(h)`, where `h` is made of `x`, is `x + (a(h) + b(h))`.
+    So `(x + a(h)) + b(h)`, where `h` is made of `x`, is `x + (a(h) + b(h))`. What is
+    read elsewhere, too, stays one term.
     """
-    terms = _terms(node, node)
+    order = _in_order(Node("outputs", tuple(outputs)))
+    readers = collections.Counter(read for node in order for read in node.flow)
+    for node in order:
+        if _is_sum(node):
+            _regroup(node, readers)
+
+
+def _is_sum(node: Node) -> bool:
+    return node.op in ("add", "add_any") and len(node.flow) == 2
+
+
+def _regroup(node: Node, readers: Mapping[Node, int]) -> None:
+    terms = _terms(node, readers)
     pairs = itertools.combinations(range(len(terms)), 2)
     shared = {(i, j): common_dominator(terms[i], terms[j]) for i, j in pairs}
     best = max(shared, key=lambda pair: shared[pair].depth)
     if shared[best] is node.dominator:
         return
+
+    def added(*terms: Node) -> Node:
+        both = dataclasses.replace(node, operands=terms)
+        _find_dominator(both)
+        _regroup(both, readers)
+        return both
+
     others = [term for place, term in enumerate(terms) if place not in best]
-    alike = functools.partial(_sum, node)
-    node.operands = (
-        functools.reduce(alike, others),
-        alike(*(terms[place] for place in best)),
-    )
-    _regroup(node)
+    both = added(*(terms[place] for place in best))
+    node.operands = (functools.reduce(added, others), both)
+    _regroup(node, readers)
 
 
-def _terms(node: Node, whole: Node) -> list[Node]:
+def _terms(whole: Node, readers: Mapping[Node, int]) -> list[Node]:
     """What a sum adds up, with the terms of its terms that begin where it does."""
-    terms: list[Node] = []
-    for term in node.flow:
-        inside = term.op in _SUMS and len(term.flow) == 2
-        inside = inside and term.dominator is whole.dominator
-        terms += _terms(term, whole) if inside else [term]
-    return terms
-
-
-def _sum(like: Node, *terms: Node) -> Node:
-    """Another sum of the same shape."""
-    node = dataclasses.replace(like, operands=terms)
-    _find_dominator(node)
-    _regroup(node)
-    return node
+    terms, pending = [], [*whole.flow]
+    while pending:
+        term = pending.pop()
+        inside = _is_sum(term) and term.dominator is whole.dominator
+        if inside and readers.get(term, 1) == 1:  # those made by `_regroup` have none
+            pending += term.flow
+        else:
+            terms.append(term)
+    return terms[::-1]
 
 
 def _find_dominator(node: Node) -> None:

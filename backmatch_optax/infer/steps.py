@@ -87,8 +87,8 @@ def chain(
 
         Nothing is kept that comes from the main input.
         """
-        nodes = (n for n in graph.memories(end, raw) if main not in graph.inputs(n))
-        node = next(nodes, None)
+        found = (n for n in graph.memories(end, raw) if main not in graph.inputs(n))
+        node = next(found, None)
         if node is None:
             return along(end, before, again)
         links = along(node, before, again)

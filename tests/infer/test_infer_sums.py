@@ -47,6 +47,26 @@ def test_attention_and_mlp_side_by_side_in_any_order(order):
     assert worst(ratios(model, chain, x)) < 2
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_signal_that_is_added_beside_each_layer(encoded):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, signal):
+            x = nn.Dense(16)(x)
+            if encoded:
+                signal = nn.relu(nn.Dense(16)(signal))
+            for _ in range(4):
+                h = nn.relu(nn.Dense(16)(nn.LayerNorm()(x)))
+                x = x + nn.Dense(16)(signal) + nn.Dense(16)(h)
+            return nn.Dense(3)(x)
+
+    model, inputs = Model(), [array(2, 8), array(2, 8)]
+    chain = infer_spec(model, *inputs)
+    assert "Tied" not in repr(chain)  # each layer is read once
+    assert repr(chain).count("spec.Recall" if encoded else "spec.Input") == 4
+    assert worst(ratios(model, chain, *inputs, batch=256)) < 2
+
+
 class WaveNet(nn.Module):
     """What a layer puts out goes on to the next, and by another kernel to the end."""
 
