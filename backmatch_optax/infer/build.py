@@ -391,10 +391,11 @@ class Links(Signal):
         if other and not shape:  # an integer for each example, or a single feature
             integer = jnp.issubdtype(begin.dtype, jnp.integer)
             shape, axes = () if integer else (1,), self._plain()[:1]
-        if begin.op == "memory":
+        recalls = begin.op == "memory" and begin is not step.source
+        if recalls:
             shape, axes = begin.shape[1:], None
         side = Links(self.context, shape, axes, leading=leading, fixed=not other)
-        if begin.op == "memory":
+        if recalls:
             side._put(_spec.Recall(shape, begin.path), shape)
         for inner in arm:
             side.add(inner)

@@ -47,8 +47,9 @@ def test_attention_and_mlp_side_by_side_in_any_order(order):
     assert worst(ratios(model, chain, x)) < 2
 
 
+@pytest.mark.parametrize("kernels", [1, 2])
 @pytest.mark.parametrize("encoded", [False, True])
-def test_a_signal_that_is_added_beside_each_layer(encoded):
+def test_a_signal_that_is_added_beside_each_layer(encoded, kernels):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, signal):
@@ -57,7 +58,9 @@ def test_a_signal_that_is_added_beside_each_layer(encoded):
                 signal = nn.relu(nn.Dense(16)(signal))
             for _ in range(4):
                 h = nn.relu(nn.Dense(16)(nn.LayerNorm()(x)))
-                x = x + nn.Dense(16)(signal) + nn.Dense(16)(h)
+                for _ in range(kernels):
+                    x = x + nn.Dense(16)(signal)
+                x = x + nn.Dense(16)(h)
             return nn.Dense(3)(x)
 
     model, inputs = Model(), [array(2, 8), array(2, 8)]
