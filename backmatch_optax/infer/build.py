@@ -15,7 +15,7 @@ from backmatch_optax.infer import layout
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.layout import Axis
 from backmatch_optax.infer.signal import NO_FEATURES, Signal
-from backmatch_optax.infer.step import Heads, Step, Unknown, nodes
+from backmatch_optax.infer.step import Heads, Step, Unknown
 from backmatch_optax.parameters import join, places
 from backmatch_optax.spec.link import Shape
 
@@ -337,7 +337,7 @@ class Links(Signal):
                         side.become(node.shape[1:], node)
                 axes = sides[0].axes
                 # The one with more links is the branch, but what comes again is last.
-                if not set.intersection(*({*nodes(arm)} for arm in step.arms)):
+                if not step.shared():
                     sides.sort(key=lambda side: -_count(side.links))
                 link: Any = _spec.Residual(*(side.links for side in sides))
             case "product":

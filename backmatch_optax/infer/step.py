@@ -91,6 +91,10 @@ class Step:
     late: bool = False  # Whether it is a link only where longer pieces are none.
     again: bool = False  # Whether another arm, before this one, has it too.
 
+    def shared(self) -> set[Node]:
+        """The nodes that each of its arms leads through."""
+        return set.intersection(*({*nodes(arm)} for arm in self.arms))
+
 
 class Unknown(Exception):
     """Something on the way from the input to the output that no link describes."""

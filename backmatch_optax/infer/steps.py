@@ -396,7 +396,7 @@ def _in_the_mean(steps: Sequence[Step]) -> list[Any]:
 
 def _unrelated(step: Step) -> bool:
     """Whether a kernel, or inputs of their own, make two arms unrelated."""
-    shared = set.intersection(*({*nodes(arm)} for arm in step.arms))
+    shared = step.shared()
     if all(_reaches(arm, shared) for arm in step.arms):
         return False
     if any(map(_mixes, step.arms)):

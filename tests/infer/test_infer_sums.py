@@ -4,16 +4,12 @@ import random
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import pytest
 from held_against import ratios, worst
+from zoo_linen import array
 
 from backmatch_optax import infer_spec, spec
-
-
-def array(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 class Parallel(nn.Module):
