@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from backmatch_optax.moments import Moments
 from backmatch_optax.powers import Positive, applied, number
+from backmatch_optax.softmax_weights import Weights, softmax_weights
 from backmatch_optax.spec.composite import Input
 from backmatch_optax.spec.link import (
     Link,
@@ -166,13 +166,15 @@ class DotProductAttention(Link):
     A kernel adds them up over the positions `j`. So what counts are covariances under
     the weights: of values and keys for queries, of values and the input for keys. Let
     `V` and `K` be the variances of values and keys, `Q` the second moment of queries,
-    `t = Q K` the variance of the logits, `D` the features of the input, and `S` the
-    mean over queries of `sum_j a_ij^2`. For as many queries as keys
+    `t = Q K` the variance of the logits, `D` the features of the input, `S` the mean
+    over queries of `sum_j a_ij^2`, and `P` that of `sum_j a_ij^2 (v_j - o_i)^2` for
+    values of variance 1, `S + sum_jk a_ij^2 a_ik^2 - 2 sum_j a_ij^3`. For as many
+    queries as keys
 
-        m_value = m (S + (1 - S) t / D)
-        m_key   = m Q V (S (1 - S) + (1 - S)^2 / D)
-        m_query = m K V (S (1 - S) + (1 - S)^2 / D)
-        variance after = V (S + (1 - S) t / D)
+        m_value = m (S + (1 - S)^2 t / D)
+        m_key   = m Q V (P + (1 - S)^2 / D)
+        m_query = m K V (P + (1 - S)^2 / D)
+        variance after = V (S + (1 - S)^2 t / D)
 
     The terms with `D` do not vanish with the number of positions: keys and values are
     functions of the same `D` features, and so their covariance is `1 / D` of their
@@ -192,11 +194,12 @@ class DotProductAttention(Link):
     takes it for a part of them, so that its scale is too large. The papers have no rule
     for attention; this one holds with both gains.
 
-    **The weights.** Logits count as Gaussian of variance `t`. For small ones attention
-    is nearly uniform and `S` is one over the number of positions; for large ones the
-    weights are those of a Gaussian sample, and `S (1 - S)` is `S + S^2` minus twice the
-    sum of their cubes. Pass `attended` where the model is known to attend to more or
-    to fewer: then weights are equal over so many positions and zero elsewhere.
+    **The weights.** Logits count as independent Gaussians of variance `t`. For small
+    ones attention is nearly uniform and `S` is one over the number of positions; for
+    large ones most queries attend to one position, and `P` is what the few with two
+    nearly equal logits make of it, about `1 / sqrt(t)`. Pass `attended` where the model
+    is known to attend to more or to fewer: then weights are equal over so many
+    positions and zero elsewhere.
 
     Args:
       query: the links from the input to the queries, all heads side by side.
@@ -348,63 +351,18 @@ def _means(
     features: int, positions: int, causal: bool, attended: float | None, again: float
 ) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
     """Means over queries, as a function of the variance of their logits."""
-    lengths = _lengths(positions, causal, attended)
-    return functools.partial(_means_of, features, positions, lengths, again)
+    weights = softmax_weights(positions, causal, attended)
+    return functools.partial(_means_of, features, positions, weights, again)
 
 
 def _means_of(
-    features: int,
-    positions: int,
-    lengths: Sequence[np.ndarray],
-    again: float,
-    t: jax.Array,
+    features: int, positions: int, weights: Weights, again: float, t: jax.Array
 ) -> tuple[jax.Array, ...]:
-    weights, places, masses = (jnp.asarray(array, t.dtype) for array in lengths)
-    sizes = masses * jnp.exp(jnp.sqrt(t) * places)
-    shares = sizes / sizes.sum(axis=1, keepdims=True) / masses.clip(1)
-    squares = (masses * shares**2).sum(axis=1)
-    cubes = (masses * shares**3).sum(axis=1)
-    others = 1 - squares
+    squares, others, spread = weights(t)
     kept = squares + others * t / features
-    spread = jnp.maximum(squares * (1 + squares) - 2 * cubes, 0)  # but for rounding
-    chosen = spread + others**2 / features
-    kept, chosen, squares = kept @ weights, chosen @ weights, squares @ weights
     lost, together = jnp.maximum(1 - kept, 0), jnp.maximum(again - kept, 0)
     agreed = jnp.minimum(1 / (positions * squares), 1)
-    return kept, lost, chosen, together, agreed
-
-
-def _lengths(
-    positions: int, causal: bool, attended: float | None
-) -> tuple[np.ndarray, ...]:
-    """What queries see, a row for each number of positions, and the weights of rows.
-
-    The columns are logits of unit variance, a Gaussian sample in order, and how many
-    positions have each. The largest is 0 here: a softmax does not depend on it. There
-    are few columns, but one for each of the largest logits.
-    """
-    starts, counts = _groups(positions) if causal else ([positions], [1])
-    pairs = zip(starts, counts, strict=True)
-    lengths = [start + (number - 1) // 2 for start, number in pairs]
-    weights = np.asarray(counts) / sum(counts)
-    places, masses = np.zeros((2, len(lengths), len(_groups(positions)[0])))
-    for row, length in enumerate(lengths):
-        if attended is not None:
-            masses[row, 0] = min(length, attended)
-            continue
-        ranks, sizes = _groups(length)
-        for column, (rank, size) in enumerate(zip(ranks, sizes, strict=True)):
-            share = 1.0 - (rank + (size - 1) / 2 - 0.5) / length
-            places[row, column] = statistics.NormalDist().inv_cdf(share)
-            masses[row, column] = size
-        places[row] -= places[row, 0]
-    return weights, places, masses
-
-
-def _groups(most: int) -> tuple[list[int], list[int]]:
-    """1 to `most` in groups that grow with the number: their starts and sizes."""
-    edges = np.unique(np.rint(np.geomspace(1, most + 1, 40)).astype(int))
-    return edges[:-1].tolist(), np.diff(edges).tolist()
+    return kept, lost, spread + others / features, together, agreed
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

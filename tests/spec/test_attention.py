@@ -12,6 +12,7 @@ from flax import nnx
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
+from backmatch_optax.softmax_weights import softmax_weights
 
 ORTHOGONAL = nn.initializers.orthogonal()
 
@@ -37,14 +38,33 @@ class SelfAttention(nn.Module):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("size", "factor"), [(0.3, 1.2), (1.0, 1.25), (1.4, 1.5)])
+@pytest.mark.parametrize(
+    ("size", "factor"), [(0.3, 1.2), (1.0, 1.25), (1.4, 1.3), (2.0, 1.4), (3.0, 1.4)]
+)
 def test_self_attention(causal, size, factor):
-    # With logits of variance 0.01, 1 and 4: from uniform weights to a few large ones.
+    # With logits of variance 0.01 to 81: from uniform weights to a single one.
     links = [spec.Dense("below"), spec.Attention("a", causal=causal)]
     ratios = agreement(SelfAttention(causal, size), links, normal(10, 12), draws=60)
     assert len(kernels(ratios)) == 5
     for path, ratio in kernels(ratios).items():
         assert 1 / factor < ratio < factor, (path, ratio)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("positions", [2, 30])
+@pytest.mark.parametrize("variance", [0.0, 0.3, 10.0, 100.0, 1000.0])
+def test_weights_are_the_mean_over_many_draws(causal, positions, variance):
+    lengths = np.arange(1, positions + 1) if causal else [positions]
+    rng, drawn = np.random.default_rng(0), []
+    for length in lengths:
+        logits = rng.normal(0.0, np.sqrt(variance), (20_000, length))
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+        squares = (weights**2).sum(axis=1)
+        spread = squares + squares**2 - 2 * (weights**3).sum(axis=1)
+        drawn.append((squares.mean(), (1 - squares.mean()) ** 2, spread.mean()))
+    found = softmax_weights(positions, causal)(jnp.float32(variance))
+    assert found == pytest.approx(np.mean(drawn, axis=0), rel=0.06, abs=1e-6)
 
 
 def test_both_gains_have_the_same_rule():
