@@ -67,6 +67,7 @@ LINKS = {
     "Memory": ["links", "name"],
     "Outputs": ["branches"],
     "PReLU": ["path"],
+    "Queries": ["shape", "path"],
     "RMSNorm": ["path"],
     "Recall": ["shape", "name"],
     "Reshape": ["shape"],

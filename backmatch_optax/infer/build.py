@@ -141,7 +141,7 @@ class Links(Signal):
           links: those links, which begin at another input.
         """
         self.become(node.shape[1:], node)
-        inside = [_spec.Input(links.start), *links.links]
+        inside = [_begins(links.main, links.start), *links.links]
         self._put(_spec.Memory(inside, node.path), links.shape)
 
     # --- Links -------------------------------------------------------------------
@@ -394,7 +394,8 @@ class Links(Signal):
         recalls = begin.op == "memory" and begin is not step.source
         if recalls:
             shape, axes = begin.shape[1:], None
-        side = Links(self.context, shape, axes, leading=leading, fixed=not other)
+        reads = leading and not begin.learned
+        side = Links(self.context, shape, axes, leading=reads, fixed=not other)
         if recalls:
             side._put(_spec.Recall(shape, begin.path), shape)
         for inner in arm:
@@ -403,7 +404,7 @@ class Links(Signal):
             raise Unknown(step.node, "padding is followed by no convolution")
         side.leading = False
         if other:
-            side.links.insert(0, _spec.Input(side.start))
+            side.links.insert(0, _begins(begin, side.start))
             side.shapes.insert(0, side.start)
         return side
 
@@ -494,6 +495,11 @@ class Links(Signal):
         if whole.arms["attention"] == (before, last):
             del self.links[-1], self.shapes[-1]
             self.links[-1] = whole
+
+
+def _begins(leaf: Node, shape: Shape) -> _spec.Link:
+    """What an arm with an input of its own begins with."""
+    return _spec.Queries(shape, leaf.path) if leaf.learned else _spec.Input(shape)
 
 
 def _count(links: Sequence[_spec.Link]) -> int:

@@ -27,6 +27,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.infer import blocks as _blocks
 from backmatch_optax.infer import graph, pieces
 from backmatch_optax.infer.graph import Node, above, module_path
+from backmatch_optax.infer.links.learned import repeated
 from backmatch_optax.infer.step import Step, Unknown
 from backmatch_optax.infer.steps import chain
 from backmatch_optax.parameters import join, text
@@ -64,7 +65,8 @@ def infer_spec(
     causal, or how many positions are met; a mask of padding counts as full. A parameter
     that is used twice is `Tied` at its second use. Several outputs end in `Outputs`, of
     weight 1 each; `method` chooses one. The first input is the chain's own, others are
-    `Input`s. A `Reshape` or `Transpose` stands only where a later link needs it.
+    `Input`s; a learned array in the place of one is `Queries`. A `Reshape` or
+    `Transpose` stands only where a later link needs it.
 
     Rules that are approximate stay so: scales of a class token or below upsampling may
     be off by more than a factor of 2, as `compare_scales` shows and `describe` says.
@@ -185,6 +187,25 @@ def infer_spec(
     try:
         found, used = chain(output, params, blocks, collect)
     except Unknown as unknown:
+        # Of one example it does not show what is repeated for each.
+        single = {leaf.shape[:1] for leaf in arrays.values()} == {(1,)}
+        if single and repeated(output):
+            two = {
+                index: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype)
+                for index, leaf in arrays.items()
+            }
+            args, others = arguments(two)
+            with contextlib.suppress(Exception):
+                return infer_spec(
+                    model,
+                    *args,
+                    method=method,
+                    rngs=rngs,
+                    mutable=mutable,
+                    axis_names=axis_names,
+                    blocks=blocks,
+                    **others,
+                )
         ways_out = _blocks.that_help(unknown, blocks, [*params], attempt)
         raise ValueError(_message(unknown, given, ways_out)) from None
     for block in blocks:

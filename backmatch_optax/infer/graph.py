@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +89,11 @@ class Node:
     def flows(self) -> bool:
         """Whether it depends on the input."""
         return "input" in self.origins
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is an input that is a learned array; see `with_inputs`."""
+        return self.op == "input" and "param" in self.origins
 
     @property
     def flow(self) -> tuple[Node, ...]:
@@ -465,25 +470,64 @@ def kept_apart(output: Node, kept: Node) -> tuple[Node, Node]:
         changed = any(operand in copies for operand in node.operands)
         if node in copies or not changed:
             continue
-        new = dataclasses.replace(
-            node,
-            operands=tuple(copies.get(x, x) for x in node.operands),
-            parts=tuple(copies.get(x, x) for x in node.parts),
-        )
-        copies[node] = new
+        new = copies[node] = _copied(node, copies)
         if new.flow:
             new.recalls = all(operand.recalls for operand in new.flow)
             _find_dominator(new)
     return copies[output], given
 
 
-def _in_order(output: Node) -> list[Node]:
-    """The nodes that a signal flows through, each behind those it is computed from."""
+def with_inputs(output: Node, arrays: Collection[Node]) -> Node:
+    """The graph with some nodes that only move a parameter as inputs of their own.
+
+    Args:
+      output: the end of the graph.
+      arrays: those nodes. What stands for them has their parameter's path and origin.
+
+    Returns:
+      The end.
+    """
+    *_, everything = output.dominators()
+    copies: dict[Node, Node] = {}
+    for node in _in_order(output, flowing=False):
+        if node in arrays:
+            (path,) = node.uses
+            new = leaf("input", path, node.shape, node.dtype)
+            new.origins |= {"param"}
+            new.dominator, new.depth = everything, 1
+        elif any(operand in copies for operand in node.operands):
+            new = _copied(node, copies)
+            new.origins = node.origins | {"input"}
+            new.uses = frozenset().union(*(o.uses for o in new.operands if not o.flows))
+            _find_dominator(new)
+        else:
+            continue
+        copies[node] = new
+    _regroup_all([copies[output]])
+    return copies[output]
+
+
+def _copied(node: Node, copies: Mapping[Node, Node]) -> Node:
+    """A node, made of the copies of its operands."""
+    return dataclasses.replace(
+        node,
+        operands=tuple(copies.get(x, x) for x in node.operands),
+        parts=tuple(copies.get(x, x) for x in node.parts),
+        body=None,
+    )
+
+
+def _in_order(output: Node, flowing: bool = True) -> list[Node]:
+    """The nodes that a signal flows through, each behind those it is computed from.
+
+    All nodes, where not only these are asked for.
+    """
     found: dict[Node, None] = {}
     pending = [output]
     while pending:
         node = pending[-1]
-        missing = [operand for operand in node.flow if operand not in found]
+        operands = node.flow if flowing else node.operands
+        missing = [operand for operand in operands if operand not in found]
         if node in found or not missing:
             found[pending.pop()] = None
         else:

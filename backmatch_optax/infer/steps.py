@@ -22,7 +22,7 @@ from backmatch_optax.infer.blocks import Blocks
 from backmatch_optax.infer.build import Context, Links, Measure
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links import attention
-from backmatch_optax.infer.links.learned import positions
+from backmatch_optax.infer.links.learned import positions, repeated
 from backmatch_optax.infer.links.noise import noise
 from backmatch_optax.infer.links.rotation import rotation
 from backmatch_optax.infer.step import (
@@ -67,7 +67,7 @@ def chain(
         cutter = _Cutter(Blocks(blocks, end, params), again)
         while True:
             given = dataclasses.replace(before, main=main, used={**before.used})
-            links = Links(given, main.shape[1:], leading=True)
+            links = Links(given, main.shape[1:], leading=not main.learned)
             cutter.blocks.used.clear()
             try:
                 for step in cutter.steps(end, start):
@@ -87,7 +87,7 @@ def chain(
 
         Nothing is kept that comes from the main input.
         """
-        found = (n for n in graph.memories(end, raw) if main not in graph.inputs(n))
+        found = (n for n in graph.memories(end, raw) if _can_keep(n, main))
         node = next(found, None)
         if node is None:
             return along(end, before, again)
@@ -103,24 +103,28 @@ def chain(
         links.keep(given, inside)
         return links
 
-    def ways() -> Iterator[tuple[Node | None, bool, bool]]:
+    def ways(end: Node) -> Iterator[tuple[Node, Node | None, bool, bool]]:
         """No main input first; where that fails and something may be kept, each input.
 
-        Then with inputs that are kept as they are. Last of all in the same order, with
-        layers that arms of a sum or a concatenation have in common.
+        Then with inputs that are kept as they are. Then in the same order, with layers
+        that arms of a sum or a concatenation have in common. Last of all the same with
+        learned arrays that are read as a signal is.
         """
         for again in (False, True):
-            yield None, False, again
+            yield end, None, False, again
             for raw in (False, True):
-                if any(graph.memories(output, raw)):
-                    for leaf in sorted(graph.inputs(output), key=_preference):
-                        yield leaf, raw, again
+                if any(graph.memories(end, raw)):
+                    for leaf in sorted(graph.inputs(end), key=_preference):
+                        yield end, leaf, raw, again
+        arrays = [array for array in repeated(end) if array.shape[0] > 1]
+        if arrays:
+            yield from ways(graph.with_inputs(end, arrays))
 
     links = failure = None
-    for way in ways():
+    for end, main, raw, again in ways(output):
         used.clear()
         try:
-            links = keeping(output, Context(params, measure, output), *way)
+            links = keeping(end, Context(params, measure, end), main, raw, again)
             break
         except Unknown as unknown:
             failure = failure or unknown
@@ -146,10 +150,19 @@ def _beginning(output: Node) -> tuple[Node, Node]:
 
 
 def _preference(leaf: Node) -> Any:
-    """With features before labels, labels before other numbers; then in order."""
+    """With features before labels, labels before other numbers; then in order.
+
+    A learned array comes last.
+    """
     number = len(leaf.shape) < 2
     real = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return number, number and real, len(leaf.path), leaf.path
+    return leaf.learned, number, number and real, len(leaf.path), leaf.path
+
+
+def _can_keep(node: Node, main: Node | None) -> bool:
+    """Whether a chain may begin with what leads to a value."""
+    inputs = graph.inputs(node)
+    return main not in inputs and not all(leaf.learned for leaf in inputs)
 
 
 # --- The graph as steps --------------------------------------------------------------
@@ -235,7 +248,7 @@ class _Cutter:
         yield from late
         found = noise(node)
         yield from () if found is None else (found,)
-        if begin.op == "input" and _is_preparation(node, begin):
+        if begin.op == "input" and not begin.learned and _is_preparation(node, begin):
             yield Step(node, begin, begins=True)
         elif node.op in _SUMS and len(node.flow) == 1:
             found = positions(node)

@@ -37,7 +37,7 @@ from backmatch_optax.spec.embed import Embed, Tied, Unembed
 from backmatch_optax.spec.learned import Bias, ClassToken, LayerScale, PReLU
 from backmatch_optax.spec.linear import Conv, ConvTranspose, Dense
 from backmatch_optax.spec.link import Link, Site
-from backmatch_optax.spec.memory import Memory, Recall
+from backmatch_optax.spec.memory import Memory, Queries, Recall
 from backmatch_optax.spec.norm import BatchNorm, GroupNorm, LayerNorm, RMSNorm
 from backmatch_optax.spec.pool import AvgPool, Flatten, GlobalAvgPool, MaxPool
 from backmatch_optax.spec.repeat import Repeat
@@ -76,6 +76,7 @@ __all__ = [
     "Outputs",
     "PReLU",
     "Positive",
+    "Queries",
     "RMSNorm",
     "Recall",
     "Repeat",

@@ -1,14 +1,16 @@
-"""A signal that is kept, and read again further on."""
+"""A signal that is kept, and read again further on; and what may be asked of it."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from backmatch_optax.moments import Moments
+from backmatch_optax.powers import Positive, number
 from backmatch_optax.spec.composite import Beginning
-from backmatch_optax.spec.link import Link, Site, checked_links
+from backmatch_optax.spec.link import Link, Shape, Site, check_path, checked_links
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -114,6 +116,67 @@ class Recall(Beginning):
     def moments_after(self, here: Site) -> Moments:
         memory: Any = here.memory
         return memory.moments
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Queries(Beginning):
+    """A learned array at the start of an arm, the same for all inputs.
+
+    The queries of a DETR, the latents of a Perceiver, the probe of attention pooling.
+    An entry stands at one place, and nothing lies below:
+
+        m_W = 1,    q = mean(array^2)
+
+    Args:
+      shape: of the array, as it stands for one input: (positions, features).
+      path: the path of the array itself, such as `"latents"`. Axes of length 1 may be
+        in front.
+
+    Raises:
+      ValueError: where `shape` is not a sequence of positive ints, `path` not names
+        joined by single slashes, or (at `init`) not that of an array of this shape; or
+        (in `LayerChain`) it is not the first link of an arm.
+
+    Examples:
+      >>> from backmatch_optax import spec
+      >>> pooled = [
+      ...     spec.Memory(
+      ...         [
+      ...             spec.Queries((1, 64), "probe"),
+      ...             spec.Attention("attention", memory=spec.Recall((49, 64))),
+      ...         ]
+      ...     ),
+      ... ]
+      >>> spec.LayerChain([spec.Dense("patches"), *pooled], input_shape=(49, 12)).paths
+      ('patches', 'probe', 'attention/query', 'attention/key', 'attention/value', \
+'attention/out')
+    """
+
+    path: str
+
+    roles = required_roles = ("",)  # the path is the array's own
+
+    def validate(self) -> None:
+        super().validate()
+        check_path(self.path)
+
+    def shape_after(
+        self, input_shape: Shape, param_shapes: Mapping[str, Shape]
+    ) -> Shape:
+        """As declared."""
+        shape, found = super().shape_after(input_shape, {}), param_shapes[""]
+        more = len(found) - len(shape)
+        if more < 0 or found != (1,) * more + shape:
+            raise ValueError(f"its array has shape {found}, but expected {shape}")
+        return shape
+
+    def moments_after(self, here: Site) -> Moments:
+        rows = math.prod(here.params[""].shape[:-1])
+        return Moments(here.squared_row_norm("") / rows)
+
+    def m_W(self, here: Site, role: str) -> Positive:
+        del here, role
+        return number(1.0)
 
 
 def recalls(links: Sequence[Link], kept: Collection[str] = ()) -> Iterator[Recall]:

@@ -267,7 +267,48 @@ class Vit(nn.Module):
             x = x + nn.MultiHeadDotProductAttention(2)(y, y)
             x = x + nn.Dense(16)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
         x = nn.LayerNorm()(x)
-        return nn.Dense(10)(x[:, 0] if self.pool == "token" else x.mean(1))
+        if self.pool == "attention":
+            probe = jnp.tile(self.param("probe", normal, (1, 1, 16)), (len(x), 1, 1))
+            x = nn.MultiHeadDotProductAttention(2)(probe, x)
+        return nn.Dense(10)(x.mean(1) if self.pool == "mean" else x[:, 0])
+
+
+class Perceiver(nn.Module):
+    """Latents that attend to the pixels as they are, Jaegle et al. (2021)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        pixels = x.reshape((len(x), -1, x.shape[-1]))
+        latents = self.param("latents", nn.initializers.normal(1.0), (6, 32))
+        x = jnp.broadcast_to(latents, (len(x), 6, 32))
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x), pixels)
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
+
+
+class Detector(nn.Module):
+    """Queries for objects that attend to an encoded image, Carion et al. (2020)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Classes and boxes for each query of a batch."""
+        normal = nn.initializers.normal(1.0)
+        image = nn.Conv(32, (4, 4), (4, 4))(x).reshape((len(x), -1, 32))
+        image = image + self.param("positions", normal, (1, image.shape[1], 32))
+        y = nn.LayerNorm()(image)
+        image = image + nn.MultiHeadDotProductAttention(4)(y)
+        image = image + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(image))))
+        image = nn.LayerNorm()(image)
+        queries = self.param("queries", normal, (5, 32))
+        x = jnp.broadcast_to(queries, (len(x), 5, 32))
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x))
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), image)
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        x = nn.LayerNorm()(x)
+        return nn.Dense(10)(x), nn.sigmoid(nn.Dense(4)(x))
 
 
 class LinenGpt(nn.Module):

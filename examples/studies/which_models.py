@@ -64,6 +64,9 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
     "MLP-Mixer": (families.Mixer(), "Linen", (IMAGES,)),
     "ViT, class token": (families.Vit("token"), "Linen", (IMAGES,)),
     "ViT, mean": (families.Vit("mean"), "Linen", (IMAGES,)),
+    "ViT, attention pooling": (families.Vit("attention"), "Linen", (IMAGES,)),
+    "Perceiver": (families.Perceiver(), "Linen", (IMAGES,)),
+    "DETR": (families.Detector(), "Linen", (IMAGES,)),
     "GPT, SwiGLU, tied head": (families.LinenGpt(), "Linen", (TOKENS,)),
     "GPT, fused kernel, RMSNorm": (families.NnxGpt, "NNX", (TOKENS,)),
     "GPT, attention beside the MLP (PaLM)": (

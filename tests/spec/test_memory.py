@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from agreements import agreement
+from agreements import agreement, normal
 
 import backmatch_optax as bmo
 from backmatch_optax import spec
@@ -173,3 +173,34 @@ def test_a_recall_has_its_place_and_shape(links, message):
     with pytest.raises(ValueError, match=message):
         chain = spec.LayerChain(links(), input_shape=(5, 8))
         bmo.check_spec(chain, {"d": {"kernel": jnp.ones((8, 8))}})
+
+
+class Asked(nn.Module):
+    """A learned array attends to what an encoder puts out."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16, name="encoder")(x)
+        asked = self.param("asked", nn.initializers.normal(2.0), (3, 16))
+        asked = nn.Dense(16, name="decoder")(asked[None].repeat(len(x), axis=0))
+        return asked + nn.MultiHeadDotProductAttention(2, name="a")(asked, x)
+
+
+def test_queries():
+    attention = spec.Attention("a", memory=spec.Recall((9, 16)))
+    inside = [spec.Queries((3, 16), "asked"), spec.Dense("decoder")]
+    memory = spec.Memory([*inside, spec.Residual([attention])])
+    links = [spec.Dense("encoder"), memory]
+    ratios = agreement(Asked(), links, normal(9, 16))
+    assert len(ratios) == 13
+    for path, ratio in ratios.items():
+        if not path.endswith("/bias"):  # see DotProductAttention
+            assert 0.7 < ratio < 1.4, (path, ratio)
+
+
+@pytest.mark.parametrize("shape", [(2, 16), (3, 1, 16), (16,)])
+def test_queries_of_another_shape_are_named(shape):
+    links = [spec.Residual([spec.Queries((3, 16), "asked")])]
+    chain = spec.LayerChain(links, input_shape=(3, 16))
+    with pytest.raises(ValueError, match=r"asked.* its array has shape .*\(3, 16\)"):
+        bmo.check_spec(chain, {"asked": jnp.ones(shape)})

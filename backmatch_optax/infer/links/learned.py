@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from backmatch_optax import spec as _spec
-from backmatch_optax.infer import layout
+from backmatch_optax.infer import graph, layout
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.pieces import SIGNAL, Piece, all_entries
 from backmatch_optax.infer.step import Step, layer_path, rule
@@ -40,6 +42,38 @@ def origin(node: Node) -> Node:
     while node.op in layout.MOVES:
         node = node.operands[0]
     return node
+
+
+def repeated(output: Node) -> list[Node]:
+    """Learned arrays that are repeated for each example and then read as a signal is.
+
+    Not what is only added to a signal, multiplied or joined with it: links know these.
+    Of one example, any that may be.
+    """
+    found = [*graph.above(output)]
+    readers: dict[Node, list[Node]] = collections.defaultdict(list)
+    for node in found:
+        for operand in node.operands:
+            readers[operand].append(node)
+    batches = {node.shape[:1] for node in found if node.op == "input"}
+
+    def is_one(node: Node) -> bool:
+        param = origin(node)
+        examples = math.prod(node.shape) / math.prod(param.shape or (1,))
+        return (
+            param.op == "param"
+            and param is not node
+            and {node.shape[:1]} == batches
+            and examples == node.shape[0]
+            and not all(map(_meets_a_signal, readers[node]))
+        )
+
+    return [node for node in found if is_one(node)]
+
+
+def _meets_a_signal(node: Node) -> bool:
+    together = ("add", "add_any", "concatenate", "mul", "sub")
+    return node.op in layout.MOVES or (node.flows and node.op in together)
 
 
 def is_aligned(node: Node, path: str) -> bool:
