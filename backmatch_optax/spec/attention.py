@@ -166,7 +166,7 @@ class DotProductAttention(Link):
     A kernel adds them up over the positions `j`. So what counts are covariances under
     the weights: of values and keys for queries, of values and the input for keys. Let
     `V` and `K` be the variances of values and keys, `Q` the second moment of queries,
-    `t = Q K` the variance of the logits, `D` the features of the input, `S` the mean
+    `t = Q K` the variance of the logits, `D` the features of their input, `S` the mean
     over queries of `sum_j a_ij^2`, and `P` that of `sum_j a_ij^2 (v_j - o_i)^2` for
     values of variance 1, `S + sum_jk a_ij^2 a_ik^2 - 2 sum_j a_ij^3`. For as many
     queries as keys
@@ -326,12 +326,17 @@ class DotProductAttention(Link):
 
     def _gains(self, here: Site) -> dict[str, Positive]:
         query, key, _ = here.arm_moments
-        features = min(here.fan_in, here.fan_out)
         queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
         again = _met_again(keys, self.causal) * queries / keys
-        gains = _means(features, keys, self.causal, self.attended, again)
+        gains = _means(_made_of(here), keys, self.causal, self.attended, again)
         logits = query.q * key.variance
         return dict(zip(_GAINS, applied(gains, [logits]), strict=True))
+
+
+def _made_of(here: Site) -> int:
+    """Of how many features keys and values are functions."""
+    kernels = [site.fan_in for site in here.arms["key"] if "kernel" in site.params]
+    return kernels[0] if kernels else min(here.fan_in, here.fan_out)
 
 
 _GAINS = ("kept", "lost", "chosen", "together", "agreed")

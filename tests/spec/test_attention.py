@@ -112,6 +112,18 @@ def test_what_positions_have_in_common_adds_up_over_them(pooled):
     assert ratio(0.0) < 0.4  # of the curvature
 
 
+def test_attention_with_fewer_features_than_its_input():
+    class Narrow(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.MultiHeadDotProductAttention(2, qkv_features=8, name="a")(x)
+
+    ratios = kernels(agreement(Narrow(), [spec.Attention("a")], normal(40, 32)))
+    assert len(ratios) == 4
+    for path, ratio in ratios.items():
+        assert 0.8 < ratio < 1.25, (path, ratio)
+
+
 class Cross(nn.Module):
     @nn.compact
     def __call__(self, x, memory):
