@@ -67,3 +67,11 @@ def test_many_layers_of_attention_are_said_to_be_approximate(stacked):
     assert "approximate" not in last(3)
     assert last(5).startswith("approximate: layers[")
     assert ("and 2 more: many layers" in last(5)) != stacked
+
+
+@pytest.mark.parametrize("strides", [1, 3])
+def test_averages_over_windows_that_overlap_are_said_to_be_approximate(strides):
+    pool = spec.AvgPool((3, 3), strides=strides)
+    chain = spec.LayerChain([spec.Conv("conv"), pool], input_shape=(9, 9, 3))
+    params = {"conv": {"kernel": jnp.ones((3, 3, 3, 4))}}
+    assert ("neighbours alike" in bmo.describe(chain, params)) == (strides == 1)

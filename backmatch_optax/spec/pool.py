@@ -119,6 +119,14 @@ class AvgPool(_Pool):
       spec.AvgPool((2, 2), strides=2, padding='SAME')
     """
 
+    approximate = (
+        "overlapping windows make neighbours alike; a second such pooling above takes "
+        "them for unrelated, and scales may be off by a factor of 5 for each"
+    )
+
+    def why_approximate(self, here: Site) -> str:
+        return self.approximate if self.handed(here)[1] > 1.0 else ""
+
     def m_z(self, here: Site) -> Positive:
         # Each output hands 1 / k of its value to k inputs: least squares, BM (11).
         alone = here.size_out / here.size_in / math.prod(self.window_shape)
