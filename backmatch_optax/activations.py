@@ -30,6 +30,10 @@ _SATURATING = {
     **dict.fromkeys(("hard_sigmoid", "relu6"), 15.0),
 }
 
+# Those that repeat themselves, and the variance from which on their phase is as good as
+# uniform: the nodes below would miss periods of a larger one.
+_PERIODIC = {"sin": 25.0}
+
 # A Gaussian's values and their shares. Even in number: none lies on a kink at 0.
 NODES = np.linspace(-8.0, 8.0, 160, dtype=np.float32)
 DENSITY = np.float32(np.exp(-0.5 * NODES**2) / np.exp(-0.5 * NODES**2).sum())
@@ -40,7 +44,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     own, _, slope = name.partition(" ")
     if slope:
         return functools.partial(jax.nn.leaky_relu, negative_slope=float(slope))
-    ours = {"identity": lambda x: x, "exp": jnp.exp}
+    ours = {"identity": lambda x: x, "exp": jnp.exp, "sin": jnp.sin}
     return ours.get(own) or getattr(jax.nn, own)
 
 
@@ -169,7 +173,7 @@ def _commons_of(name: str, before: Moments) -> list[Positive]:
 
 @functools.cache
 def _named_commons(name: str) -> Callable[..., tuple[jax.Array, ...]]:
-    return functools.partial(_commons, activation(name))
+    return functools.partial(_commons, activation(name), _PERIODIC.get(name))
 
 
 @functools.lru_cache
@@ -179,6 +183,7 @@ def _static_commons(name: str, *figures: float) -> tuple[float, ...]:
 
 def _commons(
     phi: Callable[[jax.Array], jax.Array],
+    most: float | None,
     variance: jax.Array,
     spread: jax.Array,
     offset: jax.Array,
@@ -190,6 +195,8 @@ def _commons(
     def means(apart: jax.Array) -> tuple[jax.Array, ...]:
         """Over what differs, for every value of what is in common."""
         shared = jnp.maximum(spread + variance - apart, 0.0)
+        if most is not None:
+            shared, apart = jnp.minimum(shared, most), jnp.minimum(apart, most)
         centres = jnp.sqrt(offset) + jnp.sqrt(shared) * nodes
         values = centres[:, None] + jnp.sqrt(apart) * nodes[None, :]
         outputs, slopes = jax.jvp(phi, (values,), (jnp.ones_like(values),))
@@ -248,7 +255,10 @@ def _relu_kernel(q: float, correlation: float) -> float:
 @functools.cache
 def _named_integrals(name: str, window: int) -> Callable[..., tuple[jax.Array, ...]]:
     dense = _SATURATING.get(name, math.inf)
-    return functools.partial(_integrals, activation(name), window, dense=dense)
+    most = _PERIODIC.get(name)
+    return functools.partial(
+        _integrals, activation(name), window, dense=dense, most=most
+    )
 
 
 def _integrals(
@@ -258,11 +268,15 @@ def _integrals(
     spread: jax.Array,
     offset: jax.Array,
     dense: float = math.inf,
+    most: float | None = None,
 ) -> tuple[jax.Array, ...]:
     """Variance, spread and offset of the outputs, and `E phi'^2`.
 
-    Up to the size `dense` of the signal the nodes tell the slopes.
+    Up to the size `dense` of the signal the nodes tell the slopes. Variances above
+    `most` make no difference.
     """
+    if most is not None:
+        variance, spread = jnp.minimum(variance, most), jnp.minimum(spread, most)
     # The largest of n independent variables has their distribution to the power n.
     largest = np.diff(np.cumsum(DENSITY, dtype=np.float64) ** window, prepend=0.0)
     density, largest, nodes = (

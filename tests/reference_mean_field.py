@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Function] = {
     "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
     "silu": lambda x: x * special.expit(x),
     "exp": np.exp,
+    "sin": np.sin,
     "mish": lambda x: x * np.tanh(np.logaddexp(x, 0)),
     # JAX takes the approximation by a tanh unless told otherwise.
     "gelu": lambda x: x * special.expit(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),

@@ -16,7 +16,7 @@ import backmatch_optax as bmo
 from backmatch_optax import spec
 
 KINKED = ["relu", "leaky_relu", "relu6", "hard_tanh", "soft_sign"]
-SMOOTH = ["exp", "tanh", "sigmoid", "softplus", "silu", "mish", "gelu"]
+SMOOTH = ["exp", "tanh", "sigmoid", "softplus", "silu", "mish", "gelu", "sin"]
 NORMS = {
     "batch_norm": spec.BatchNorm,
     "layer_norm": spec.LayerNorm,
@@ -274,3 +274,20 @@ def test_tanh_of_a_small_signal_is_linear_but_for_its_cube(q):
     found, expected = both(["a", "tanh", "b"], params)
     assert found == pytest.approx(closed, rel=1e-4)
     assert expected == pytest.approx(closed, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0, 30.0, 1e4])
+def test_a_sine_of_any_size_has_the_moments_of_its_closed_form(size):
+    # E sin^2 = (1 - exp(-2 v)) / 2 for a Gaussian of variance v, E cos^2 the rest.
+    rest = math.exp(-2 * size**2)
+    chain = spec.LayerChain(
+        [spec.Scale(size), spec.Activation("sin"), spec.Dense("fc")], input_shape=(4,)
+    )
+    params = {"fc": {"kernel": jnp.ones((4, 3))}}
+    scales = bmo.layer_scales(chain, params, gains="mean_field", normalize=False)
+    assert float(scales["fc"]) == pytest.approx(2 / (1 - rest), rel=1e-3)
+    below = spec.LayerChain([spec.Dense("fc"), *chain.layers[:2]], input_shape=(4,))
+    params = {"fc": {"kernel": jnp.full((4, 3), 0.5)}}  # that keeps the size
+    scales = bmo.layer_scales(below, params, gains="mean_field", normalize=False)
+    gain = size**2 * (1 + rest) / 2
+    assert float(scales["fc"]) == pytest.approx(1 / gain, rel=1e-3)

@@ -394,6 +394,9 @@ class Links(Signal):
         recalls = begin.op == "memory" and begin is not step.source
         if recalls:
             shape, axes = begin.shape[1:], None
+        if arm and arm[0].begins and not leading:  # made of the signal, nothing learned
+            leading = other = True
+            shape, axes = arm[0].node.shape[1:], None
         reads = leading and not begin.learned
         side = Links(self.context, shape, axes, leading=reads, fixed=not other)
         if recalls:
@@ -404,6 +407,8 @@ class Links(Signal):
             raise Unknown(step.node, "padding is followed by no convolution")
         side.leading = False
         if other:
+            if begin.learned:
+                self._is_used(begin.path, Step(begin, begin))  # or raises
             side.links.insert(0, _begins(begin, side.start))
             side.shapes.insert(0, side.start)
         return side

@@ -427,7 +427,7 @@ def memories(output: Node, raw: bool = False) -> Iterator[Node]:
 
     Args:
       output: the end of the graph.
-      raw: whether an input may be one as it is.
+      raw: whether an input may be one as it is, with nothing learned below.
     """
     order = _in_order(output)
     reached: dict[Node, frozenset[Node]] = {}
@@ -447,7 +447,7 @@ def memories(output: Node, raw: bool = False) -> Iterator[Node]:
         found = functools.reduce(common_dominator, border)
         uses = [node for node in order if found in node.flow]
         learned = found.operands and any(node.uses for node in above(found))
-        if len(uses) > 1 and (learned or (raw and found.op == "input")):
+        if len(uses) > 1 and (learned or raw):
             yield found
 
 

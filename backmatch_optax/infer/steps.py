@@ -224,7 +224,7 @@ class _Cutter:
             return
         if begin.op == "input" and _makes_features(node, begin):
             size = _size_of_features(node, begin)
-            links = [_spec.Scale(size)] * (size != 1)
+            links = [] if size in (None, 1.0) else [_spec.Scale(size)]
             yield Step(node, begin, links, begins=True, opaque=True)
         probabilities = attention.softmax(node)
         yield from () if probabilities is None else (probabilities,)
@@ -543,24 +543,24 @@ def _begin(node: Node, start: Node) -> Node | None:
 def _makes_features(node: Node, start: Node) -> bool:
     """Whether a node is features made of a number for each example, such as a time.
 
-    With nothing learned on the way. Sines and cosines are the usual ones.
+    With nothing learned on the way. Sines and cosines are the usual ones; these may be
+    of several numbers, such as a place.
     """
-    return (
-        len(start.shape) == 1
-        and len(node.shape) > 1
-        and node.shape[:1] == start.shape
-        and jnp.issubdtype(node.dtype, jnp.floating)
-        and all(
-            found.origins <= {"array", "data", "input"}
-            for found in graph.above(node, until=start)
-        )
-    )
+    if len(node.shape) < 2 or node.shape[:1] != start.shape[:1]:
+        return False
+    if not jnp.issubdtype(node.dtype, jnp.floating):
+        return False
+    made = [*graph.above(node, until=start)]
+    if any(found.origins - {"array", "data", "input"} for found in made):
+        return False
+    waves = any(found.op in ("sin", "cos") for found in made)
+    return len(start.shape) == 1 or (waves and bool(_size_of_features(node, start)))
 
 
-def _size_of_features(node: Node, start: Node) -> float:
-    """The root mean square of features made of a number; 1 where it is not known.
+def _size_of_features(node: Node, start: Node) -> float | None:
+    """The root mean square of features made of numbers; None where it is not known.
 
-    It is known where it is the same whatever the number: of sines and cosines, whose
+    It is known where it is the same whatever the numbers: of sines and cosines, whose
     squares add up to 1.
     """
     rng = np.random.default_rng(0)
@@ -570,7 +570,7 @@ def _size_of_features(node: Node, start: Node) -> float:
         (features,) = graph.run([node], {start: numbers})
         found.append(float(np.sqrt(np.mean(np.square(features, dtype=np.float64)))))
     same = np.isfinite(found).all() and np.ptp(found) <= 0.01 * min(found)
-    return float(f"{np.median(found):.2g}") if same and min(found) else 1.0
+    return float(f"{np.median(found):.2g}") if same and min(found) else None
 
 
 def _reason(node: Node) -> str:

@@ -35,6 +35,7 @@ ACTIVATIONS = (
     "selu",
     "sigmoid",
     "silu",
+    "sin",
     "soft_sign",
     "softplus",
     "swish",
@@ -51,7 +52,7 @@ class Activation(Link):
 
     Args:
       name: the name of the function in `jax.nn`, such as `"relu"` or `"tanh"`; or
-        `"exp"`.
+        `"exp"` or `"sin"`.
       negative_slope: of a `"leaky_relu"`, below 0.
 
     Raises:

@@ -582,6 +582,43 @@ class WaveNet(nn.Module):
         return nn.Conv(16, (1,))(nn.relu(sum(ends[1:], ends[0])))
 
 
+class Siren(nn.Module):
+    """Sines as activations, Sitzmann et al. (2020), with Flax's own initialisation."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = jnp.sin(30 * nn.Dense(64)(x))
+        for _ in range(3):
+            x = jnp.sin(nn.Dense(64)(x))
+        return nn.Dense(3)(x)
+
+
+class RadianceField(nn.Module):
+    """A density and a color for each place and direction, Mildenhall et al. (2020)."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, direction: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What it makes of a batch."""
+        place = waves(x, 8)
+        x = place
+        for index in range(6):
+            x = nn.relu(nn.Dense(64)(x))
+            if index == 3:
+                x = jnp.concatenate([x, place], axis=-1)
+        density = nn.Dense(1)(x)
+        x = jnp.concatenate([nn.Dense(64)(x), waves(direction, 4)], axis=-1)
+        return nn.Dense(3)(nn.relu(nn.Dense(32)(x))), density
+
+
+def waves(x: jax.Array, count: int) -> jax.Array:
+    """Coordinates with their sines and cosines of so many frequencies."""
+    angles = jnp.concatenate([x * 2.0**power for power in range(count)], axis=-1)
+    return jnp.concatenate([x, jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class TwoTowers(nn.Module):
     """Images and text side by side, Radford et al. (2021)."""
 

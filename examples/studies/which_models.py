@@ -28,6 +28,7 @@ from examples.studies import families
 RESULT = Path(__file__).parent / "results" / "which_models.md"
 IMAGES, TOKENS = (16, 16, 3), (16,)
 TIME, LABEL = "time", "label"  # a number for each example
+PLACE = "place"  # three numbers for each
 MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
     "ResNet (Flax's imagenet)": (families.ResNet(), "Linen", (IMAGES,)),
     "DenseNet": (families.DenseNet(), "Linen", (IMAGES,)),
@@ -92,6 +93,8 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
     "Flax's wmt": (families.Translation(), "Linen", (TOKENS, (12,))),
     "Flax's wmt, one table": (families.Translation(True), "Linen", (TOKENS, (12,))),
     "WaveNet": (families.WaveNet(), "Linen", ((16, 8),)),
+    "SIREN": (families.Siren(), "Linen", (PLACE,)),
+    "NeRF": (families.RadianceField(), "Linen", (PLACE, PLACE)),
     "two towers": (families.TwoTowers(), "Linen", (IMAGES, TOKENS)),
     "actor and critic (Flax's ppo)": (families.ActorCritic(), "Linen", (IMAGES,)),
     "Flax's mnist": (families.MnistNet, "NNX", (IMAGES,)),
@@ -122,6 +125,8 @@ def random_inputs(
     def drawn(shape: tuple[int, ...] | str, key: jax.Array) -> jax.Array:
         if shape == TIME:
             return jax.random.uniform(key, (batch,), maxval=1000)
+        if shape == PLACE:
+            return jax.random.normal(key, (batch, 3))
         if shape == LABEL:
             return jax.random.randint(key, (batch,), 0, 64)
         assert not isinstance(shape, str)

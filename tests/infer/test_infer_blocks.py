@@ -128,7 +128,7 @@ def param(module: nn.Module, name: str, *shape: int) -> jax.Array:
 def wavy(_: nn.Module, x: jax.Array) -> jax.Array:
     """A gate of waves, which no link describes."""
     gate = nn.Dense(6, name="gate")(x.mean((1, 2), keepdims=True))
-    return x * jnp.sin(gate) * jnp.sin(x)
+    return x * jnp.cos(gate) * jnp.cos(x)
 
 
 @jax.custom_vjp
@@ -164,7 +164,7 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         r"scan is a loop|while is a loop",
     ),
     "condition": (
-        lambda _, x: lax.cond(x.sum() > 0, jnp.tanh, jnp.sin, x),
+        lambda _, x: lax.cond(x.sum() > 0, jnp.tanh, jnp.cos, x),
         IMAGES,
         "cond is a branch on data",
     ),
@@ -203,9 +203,9 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
         "log ends an elementwise function that is neither",
     ),
     "unknown activation": (
-        lambda _, x: jnp.sin(x),
+        lambda _, x: jnp.cos(x),
         IMAGES,
-        "sin ends an elementwise function that is neither",
+        "cos ends an elementwise function that is neither",
     ),
     "shift": (
         lambda _, x: nn.relu(x) + 1.0,
@@ -351,7 +351,7 @@ class Waves(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.sin(nn.Dense(6)(x))
+        return jnp.cos(nn.Dense(6)(x))
 
 
 def called_twice(_: nn.Module, x: jax.Array) -> jax.Array:
@@ -369,7 +369,7 @@ def test_blocks_that_errors_name():
     assert check(mixing, tokens).paths[1:] == ("mix/d", "mix/e", "head")
     assert check(UNKNOWN["recurrence"][0], tokens).paths == ("LSTMCell_0",)
     assert check(called_twice, tokens).paths == ("waves/Dense_0", "head")
-    (link,) = check(lambda _, x: jnp.sin(x), images).layers
+    (link,) = check(lambda _, x: jnp.cos(x), images).layers
     assert isinstance(link, spec.Block)
     assert link.path is None
     assert link.weight_curvature is None
@@ -381,14 +381,14 @@ def test_a_link_of_ones_own_is_offered_where_one_rule_is_missing():
             infer(function, *shape)
         return str(error.value)
 
-    assert "put a spec.Link of yours in its place" in of(lambda _, x: jnp.sin(x))
+    assert "put a spec.Link of yours in its place" in of(lambda _, x: jnp.cos(x))
     assert "spec.Link" not in of(UNKNOWN["recurrence"][0], 2, 5, 6)
 
 
 def test_blocks_before_and_after_one_another():
     def function(module: nn.Module, x: jax.Array) -> jax.Array:
-        x = nn.Dense(6, name="a")(jnp.sin(x) * (1 + param(module, "gamma", 6)))
-        return jnp.sin(nn.Dense(4, name="b")(wavy(module, x)).mean((1, 2)))
+        x = nn.Dense(6, name="a")(jnp.cos(x) * (1 + param(module, "gamma", 6)))
+        return jnp.cos(nn.Dense(4, name="b")(wavy(module, x)).mean((1, 2)))
 
     chain = check(function, jnp.ones(IMAGES))
     assert chain.paths == ("gamma", "a", "gate", "b")
@@ -400,12 +400,13 @@ def test_blocks_before_and_after_one_another():
 def test_an_unknown_function_beside_its_own_input():
     def function(_: nn.Module, x: jax.Array) -> jax.Array:
         x = nn.Dense(6, name="d")(x)
-        return x + jnp.sin(x)
+        return x + jnp.cos(x + 1)
 
     _, block = check(function, jnp.ones((64, 6))).layers
     assert isinstance(block, spec.Block)
-    # E (1 + cos x)^2 for a normal x: with the cross term, 2 / sqrt(e).
-    expected = 1 + 2 / math.e**0.5 + (1 + math.e**-2) / 2
+    # E (1 - sin(x + 1))^2 for a normal x, with the cross term.
+    cross = 2 * math.sin(1) / math.e**0.5
+    expected = 1 - cross + (1 - math.cos(2) * math.e**-2) / 2
     assert block.input_curvature == pytest.approx(expected, rel=0.03)
 
 
@@ -543,11 +544,11 @@ def test_what_was_rounded_is_not_looked_up():
 @pytest.mark.parametrize(
     "ends",
     [
-        lambda x: jnp.sin(nn.Dense(1, name="a")(x)[..., 0]),
+        lambda x: jnp.cos(nn.Dense(1, name="a")(x)[..., 0]),
         lambda x: nn.Dense(4, name="a")(x).sum(-1),
         lambda x: jnp.square(nn.Dense(4, name="a")(x)).sum(-1),
     ],
-    ids=["sin", "sum", "squares"],
+    ids=["cos", "sum", "squares"],
 )
 def test_a_number_for_each_example_is_refused_with_what_follows(ends):
     with pytest.raises(ValueError, match=r"infer_spec: .*they need no chain"):

@@ -206,7 +206,7 @@ def test_dropout_is_all_that_training_adds_in_nnx():
 
 def test_errors_tell_the_line_of_code():
     with pytest.raises(ValueError, match=r"test_infer_flax\.py:\d+"):
-        infer(lambda _, x: jnp.sin(nn.Dense(6)(x)))
+        infer(lambda _, x: jnp.cos(nn.Dense(6)(x)))
 
 
 def test_several_inputs():
