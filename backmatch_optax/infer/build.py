@@ -321,7 +321,8 @@ class Links(Signal):
         if step.joins == "repeat":
             self._repeat(step)
             return
-        if step.heads is None and source.op != "inputs":
+        folded = self._unfold(node)
+        if step.heads is None and source.op != "inputs" and not folded:
             self.become(source.shape[1:], node)
         sides = [
             self._side(arm, end, step)
@@ -460,7 +461,10 @@ class Links(Signal):
             tuple(
                 (axis, outer * within, size)
                 for at, within, size in found
-                for axis, outer, _ in places[at]
+                for axis, outer, size in (
+                    # The batch, and what is folded into it, as a whole.
+                    [(a, o, size) for a, o, _ in places[at]] if at else places[at]
+                )
             )
             for found in heads.out
         )

@@ -275,6 +275,28 @@ class Signal:
             layout.repeated(size) if of < size else axis for axis, of, size in sizes
         )
 
+    def _unfold(self, node: Node) -> bool:
+        """Gives positions that the traced batch has an axis of their own, in front.
+
+        Returns:
+          Whether it has any.
+        """
+        batch, folded = self._folded()
+        if folded:
+            self.axes = (batch, folded, *self.axes[1:])
+            self.become(layout.lengths(self.axes)[1:], node)
+            batch, folded, *others = self.axes
+            self.axes = ((*batch, *folded), *others)
+        return bool(folded)
+
+    def _folded(self) -> tuple[Axis, Axis]:
+        """The batch, and the positions beside it in the first traced axis.
+
+        As in attention within windows, or over one of several axes.
+        """
+        first, count = self.axes[0], len(self._plain()[0])
+        return first[:count], layout.merged(first[count:])
+
     def _heads_together(self, roles: str, node: Node) -> list[Axis]:
         """Makes an arm's shape (positions, features), and says where its axes went."""
         axes = [tuple(f for f in axis if f[0] >= 0) for axis in self.axes]
@@ -298,10 +320,13 @@ class Signal:
             layout.merged(itertools.chain(*(axes[at] for at in group)))
             for group in groups
         ]
-        self.axes = (axes[0], *merged)
+        batch, folded = self._folded()
+        before = [folded] if folded else []
+        self.axes = (batch, *before, *merged)
         self.become(layout.lengths(self.axes)[1:], node)
-        places: list[Axis] = [self.axes[0]] * len(roles)
-        for axis, group in enumerate(groups, 1):
+        whole = tuple(itertools.chain(*self.axes[: 1 + len(before)]))
+        places: list[Axis] = [whole] * len(roles)
+        for axis, group in enumerate(groups, 1 + len(before)):
             within = 1
             for at in reversed(group):
                 size = math.prod(layout.lengths([axes[at]]))

@@ -187,7 +187,9 @@ class DotProductAttention(Link):
     `m_value = m`. Without a mean above, too, values get nearly the same back at all
     positions where weights are nearly uniform: as these sum to 1, a share
     `m / (positions m_value)`. Causal weights are larger for the first positions,
-    `m_value = 2 m` for many. All this counts with mean-field gains.
+    `m_value = 2 m` for many. Further axes of positions, in front of those that attend,
+    make groups that attend by themselves; what one group has in common counts in
+    proportion for all. All this counts with mean-field gains.
 
     **Assumptions.** Positions are unrelated about their units' means, the input is
     white, and kernels are random. A bias of the values passes whole, but this rule
@@ -282,9 +284,10 @@ class DotProductAttention(Link):
     def moments_after(self, here: Site) -> Moments:
         value = here.arm_moments[2]
         after = value.shrunk(self._gain(here, "kept"), self._gain(here, "lost"))
-        # What all queries attend to in equal parts.
-        positions = here.arm_shapes[1][-2]
-        along = value.variance * (_met_again(positions, self.causal) / positions)
+        # What all queries attend to in equal parts, of their own group of positions.
+        *groups, positions, _ = here.arm_shapes[1]
+        shared = _met_again(positions, self.causal) / positions / math.prod(groups)
+        along = value.variance * shared
         along = along if after.along is None else along + after.along
         return dataclasses.replace(after, along=along)
 
@@ -301,9 +304,10 @@ class DotProductAttention(Link):
             return None
         queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
         if arm == 2:  # weights sum to 1: the mean over keys is a mean over queries
-            shared = number(1.0)
+            groups = math.prod(here.arm_shapes[2][:-2])
+            shared = number(1.0 / groups)
             if here.common is not None:
-                shared = shared + here.common * (queries - 1.0)
+                shared = shared + here.common * (queries - 1.0 / groups)
             return shared / (self._handed(here) * keys)
         if here.common is None:
             return None

@@ -273,6 +273,50 @@ class Vit(nn.Module):
         return nn.Dense(10)(x.mean(1) if self.pool == "mean" else x[:, 0])
 
 
+class Windowed(nn.Module):
+    """Attention within windows, moved in every other layer, Liu et al. (2021).
+
+    Without their biases for relative positions.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Conv(32, (2, 2), (2, 2))(x)
+        batch, side, _, features = x.shape
+        for index in range(4):
+            y = nn.LayerNorm()(x)
+            if index % 2:
+                y = jnp.roll(y, (-1, -1), (1, 2))
+            y = y.reshape(batch, side // 4, 4, side // 4, 4, features)
+            y = y.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 16, features)
+            y = nn.MultiHeadDotProductAttention(4)(y)
+            y = y.reshape(batch, side // 4, side // 4, 4, 4, features)
+            y = y.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+            x = x + (jnp.roll(y, (1, 1), (1, 2)) if index % 2 else y)
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean((1, 2)))
+
+
+class Axial(nn.Module):
+    """Attention along rows, then along columns, Ho et al. (2019)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        x = nn.Conv(32, (2, 2), (2, 2))(x)
+        x = x + self.param("positions", nn.initializers.normal(1.0), x.shape[1:])
+        batch, rows, columns, features = x.shape
+        for _ in range(2):
+            y = nn.LayerNorm()(x).reshape(-1, columns, features)
+            x = x + nn.MultiHeadDotProductAttention(4)(y).reshape(x.shape)
+            y = nn.LayerNorm()(x).swapaxes(1, 2).reshape(-1, rows, features)
+            y = nn.MultiHeadDotProductAttention(4)(y)
+            x = x + y.reshape(batch, columns, rows, features).swapaxes(1, 2)
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(nn.LayerNorm()(x).mean((1, 2)))
+
+
 class Perceiver(nn.Module):
     """Latents that attend to the pixels as they are, Jaegle et al. (2021)."""
 
@@ -616,7 +660,8 @@ class RadianceField(nn.Module):
 def waves(x: jax.Array, count: int) -> jax.Array:
     """Coordinates with their sines and cosines of so many frequencies."""
     angles = jnp.concatenate([x * 2.0**power for power in range(count)], axis=-1)
-    return jnp.concatenate([x, jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    both = jnp.concatenate([angles, angles + 0.5 * jnp.pi], axis=-1)
+    return jnp.concatenate([x, jnp.sin(both)], axis=-1)
 
 
 class TwoTowers(nn.Module):

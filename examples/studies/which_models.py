@@ -66,6 +66,8 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
     "ViT, class token": (families.Vit("token"), "Linen", (IMAGES,)),
     "ViT, mean": (families.Vit("mean"), "Linen", (IMAGES,)),
     "ViT, attention pooling": (families.Vit("attention"), "Linen", (IMAGES,)),
+    "attention within windows (Swin)": (families.Windowed(), "Linen", (IMAGES,)),
+    "attention along rows and columns": (families.Axial(), "Linen", (IMAGES,)),
     "Perceiver": (families.Perceiver(), "Linen", (IMAGES,)),
     "DETR": (families.Detector(), "Linen", (IMAGES,)),
     "GPT, SwiGLU, tied head": (families.LinenGpt(), "Linen", (TOKENS,)),

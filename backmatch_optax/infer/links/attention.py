@@ -313,8 +313,9 @@ def _attended(
     """
     sizes = scores.shape
     own = max(positions, key=lambda axis: sizes[axis], default=keyed)
-    # Places on each axis of the scores: all keys, some queries, some heads and windows.
-    most = [1, *(32 for _ in sizes[1:])]
+    # Places on each axis of the scores: all keys, some queries, some heads and windows,
+    # which may be folded into the batch.
+    most = [32] * len(sizes)
     most[own], most[keyed] = 64, sizes[keyed]
     places = np.ix_(
         *(
