@@ -214,10 +214,8 @@ class Links(Signal):
         if getattr(link, "path", None) == "" and not {*known} <= {*link.roles}:
             link = dataclasses.replace(link, path=link.roles[0])  # beside other layers
         path = getattr(link, "path", None)
-        shapes, new = {}, link
+        shapes, new = {}, self._first_or_tied(link, step)
         if path is not None:
-            if self._is_used(path, step):
-                new = _spec.Tied([link])
             at = places(link, path in known)
             shapes = {role: known[p] for role, p in at.items() if p in known}
         try:
@@ -358,7 +356,8 @@ class Links(Signal):
                     side.finish(end)
                 link = _spec.Outputs([side.links for side in sides])
         try:
-            shapes = zip(link.arms, (side.shape for side in sides), strict=True)
+            # Numbers that are added to logits have an arm, but no signal to come from.
+            shapes = zip(link.arms, (side.shape for side in sides), strict=False)
             after = link.joined_shape(dict(shapes))
         except ValueError as error:
             raise Unknown(node, f"{type(link).__name__}: {error}") from None
@@ -450,12 +449,14 @@ class Links(Signal):
         if any(isinstance(link, _spec.Recall) for link in key.links[:1]):
             factor *= self._hand_over(query)
         query._scale(factor * math.sqrt(length), step)
+        bias = [self._first_or_tied(link, step) for link in heads.bias]
         link = _spec.DotProductAttention(
             query.links,
             key.links,
             value.links,
             causal=heads.causal,
             attended=heads.attended,
+            bias=bias,
         )
         axes = tuple(
             tuple(
@@ -469,6 +470,11 @@ class Links(Signal):
             for found in heads.out
         )
         return link, axes
+
+    def _first_or_tied(self, link: Any, step: Step) -> _spec.Link:
+        """The link, inside `Tied` where another has declared its parameters."""
+        path = getattr(link, "path", None)
+        return _spec.Tied([link]) if path and self._is_used(path, step) else link
 
     def _hand_over(self, query: Links) -> float:
         """Gives an arm the last kernel: of the arms it alone begins with the signal.

@@ -51,6 +51,7 @@ class Heads:
       factor: what the logits are multiplied by.
       causal: whether a position attends only to itself and to those before it.
       attended: to how many positions, where a mask leaves fewer.
+      bias: the links to learned numbers that are added to the logits.
     """
 
     query: str
@@ -60,6 +61,7 @@ class Heads:
     factor: float
     causal: bool
     attended: float | None
+    bias: Sequence[_spec.Link] = ()
 
 
 @dataclasses.dataclass

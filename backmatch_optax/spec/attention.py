@@ -180,6 +180,12 @@ class DotProductAttention(Link):
     functions of the same `D` features, and so their covariance is `1 / D` of their
     variances. A constant added to all keys changes nothing; only their variance counts.
 
+    **A bias of the logits**, such as one for each relative position, has terms of its
+    own, `d o_i / d b_ij = a_ij (v_j - o_i)`. Its variance makes weights as unequal as
+    that of the logits does, and one of its entries has, for `keys` of them,
+
+        m_bias = m V P size_out / (queries * keys * heads)
+
     **What positions have in common.** With nearly uniform weights all queries get
     nearly the same: a share `1 / positions` of `V` is common to all positions, and a
     mean over positions keeps it. Backward, where all positions get the same cotangent
@@ -211,10 +217,12 @@ class DotProductAttention(Link):
       causal: whether a position attends only to itself and to those before it.
       attended: the effective number of positions that a query attends to, `1 / S` or
         nearly `exp` of the mean entropy of its weights; None for what is said above.
+      bias: the links to what is added to the logits, of shape (queries, keys, heads),
+        or with one head for all. They begin with an `Input` or with `Queries`.
 
     Raises:
       ValueError: where an entry is not a link, `attended` is not a number above 1, or
-        (at `init`) the shapes of queries, keys and values do not fit each other.
+        (at `init`) the shapes of queries, keys, values and bias do not fit each other.
 
     Examples:
       >>> from backmatch_optax import spec
@@ -230,6 +238,12 @@ class DotProductAttention(Link):
       ... ]
       >>> spec.DotProductAttention([spec.Dense("q")], [], [], attended=8)
       spec.DotProductAttention((spec.Dense('q'),), (), (), attended=8.0)
+
+      A table with a row for each distance and a column for each head, as in a T5 or a
+      Swin, for 49 positions:
+
+      >>> distance = [spec.Input((49, 49)), spec.Embed("relative_attention_bias")]
+      >>> relative = spec.DotProductAttention([], [], [], bias=distance)
     """
 
     query: Sequence[Link]
@@ -237,6 +251,7 @@ class DotProductAttention(Link):
     value: Sequence[Link]
     causal: bool = dataclasses.field(default=False, kw_only=True)
     attended: float | None = dataclasses.field(default=None, kw_only=True)
+    bias: Sequence[Link] = dataclasses.field(default=(), kw_only=True)
 
     approximate_in_depth = (
         "many layers of attention make positions alike, so that its queries and keys "
@@ -248,13 +263,14 @@ class DotProductAttention(Link):
     )
 
     def validate(self) -> None:
-        for name in ("query", "key", "value"):
+        for name in ("query", "key", "value", "bias"):
             self._canonical(**{name: checked_links(name, getattr(self, name))})
         self._canonical(attended=_checked_attended(self.attended))
 
     @property
     def arms(self) -> Mapping[str, Sequence[Link]]:
-        return {"query": self.query, "key": self.key, "value": self.value}
+        arms = {"query": self.query, "key": self.key, "value": self.value}
+        return arms | {"bias": self.bias} if self.bias else arms
 
     def joined_shape(self, shapes: Mapping[str, Shape]) -> Shape:
         """The queries'."""
@@ -279,6 +295,12 @@ class DotProductAttention(Link):
                 f"attends to one position, which is no choice, so that queries and "
                 f"keys have no gradient: {listed}"
             )
+        bias = shapes.get("bias", (query[-2], key[-2], 1))
+        if bias[:-1] != (query[-2], key[-2]) or key[-1] % bias[-1]:
+            raise ValueError(
+                f"its bias of shape {bias} must have shape (queries, keys, heads), or "
+                f"(queries, keys, 1): {listed}"
+            )
         return query
 
     def moments_after(self, here: Site) -> Moments:
@@ -292,15 +314,18 @@ class DotProductAttention(Link):
         return dataclasses.replace(after, along=along)
 
     def m_arm(self, here: Site, arm: int) -> Positive:
-        query, key, value = here.arm_moments
+        query, key, value, *_ = here.arm_moments
         uses = here.size_out / math.prod(here.arm_shapes[arm])
         if arm == 2:
             return self._handed(here) * uses
+        if arm == 3:
+            return self._gain(here, "spread") * value.variance * uses
         of = (key.variance, query.q)[arm]
         return self._gain(here, "chosen") * of * value.variance * uses
 
     def arm_common(self, here: Site, arm: int) -> Positive | None:
-        if arm == 1 or not here.mean_field:  # what all keys get sums to zero
+        # What all keys get sums to zero, and so do the logits of a query.
+        if arm in (1, 3) or not here.mean_field:
             return None
         queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
         if arm == 2:  # weights sum to 1: the mean over keys is a mean over queries
@@ -329,12 +354,13 @@ class DotProductAttention(Link):
         return here.once("gains", lambda: self._gains(here))[name]
 
     def _gains(self, here: Site) -> dict[str, Positive]:
-        query, key, _ = here.arm_moments
+        query, key, _, *bias = here.arm_moments
         queries, keys = (shape[-2] for shape in here.arm_shapes[:2])
         again = _met_again(keys, self.causal) * queries / keys
         gains = _means(_made_of(here), keys, self.causal, self.attended, again)
-        logits = query.q * key.variance
-        return dict(zip(_GAINS, applied(gains, [logits]), strict=True))
+        added = bias[0].variance if bias else None
+        parts = [query.q * key.variance, added]
+        return dict(zip(_GAINS, applied(gains, parts), strict=True))
 
 
 def _made_of(here: Site) -> int:
@@ -343,7 +369,7 @@ def _made_of(here: Site) -> int:
     return kernels[0] if kernels else min(here.fan_in, here.fan_out)
 
 
-_GAINS = ("kept", "lost", "chosen", "together", "agreed")
+_GAINS = ("kept", "lost", "chosen", "spread", "together", "agreed")
 
 
 @functools.cache
@@ -358,20 +384,25 @@ def _met_again(positions: int, causal: bool) -> float:
 @functools.cache
 def _means(
     features: int, positions: int, causal: bool, attended: float | None, again: float
-) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
-    """Means over queries, as a function of the variance of their logits."""
+) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    """Means over queries, by the variance of their logits and that of a bias."""
     weights = softmax_weights(positions, causal, attended)
     return functools.partial(_means_of, features, positions, weights, again)
 
 
 def _means_of(
-    features: int, positions: int, weights: Weights, again: float, t: jax.Array
+    features: int,
+    positions: int,
+    weights: Weights,
+    again: float,
+    t: jax.Array,
+    bias: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    squares, others, spread = weights(t)
+    squares, others, spread = weights(t + bias)
     kept = squares + others * t / features
     lost, together = jnp.maximum(1 - kept, 0), jnp.maximum(again - kept, 0)
     agreed = jnp.minimum(1 / (positions * squares), 1)
-    return kept, lost, spread + others / features, together, agreed
+    return kept, lost, spread + others / features, spread, together, agreed
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

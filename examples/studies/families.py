@@ -276,7 +276,7 @@ class Vit(nn.Module):
 class Windowed(nn.Module):
     """Attention within windows, moved in every other layer, Liu et al. (2021).
 
-    Without their biases for relative positions.
+    Each layer has a table of biases for relative positions.
     """
 
     @nn.compact
@@ -284,18 +284,28 @@ class Windowed(nn.Module):
         """What it makes of a batch."""
         x = nn.Conv(32, (2, 2), (2, 2))(x)
         batch, side, _, features = x.shape
+        places = jnp.stack(jnp.divmod(jnp.arange(16), 4), -1)
+        apart = (places[:, None] - places + 3) @ jnp.asarray([7, 1])
         for index in range(4):
+            table = self.param(f"table_{index}", nn.initializers.normal(0.02), (49, 4))
+            bias = table[apart.reshape(-1)].reshape(16, 16, 4).transpose(2, 0, 1)
             y = nn.LayerNorm()(x)
             if index % 2:
                 y = jnp.roll(y, (-1, -1), (1, 2))
             y = y.reshape(batch, side // 4, 4, side // 4, 4, features)
             y = y.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 16, features)
-            y = nn.MultiHeadDotProductAttention(4)(y)
+            y = biased(4, bias)(y)
             y = y.reshape(batch, side // 4, side // 4, 4, 4, features)
             y = y.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
             x = x + (jnp.roll(y, (1, 1), (1, 2)) if index % 2 else y)
             x = x + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(x))))
         return nn.Dense(10)(nn.LayerNorm()(x).mean((1, 2)))
+
+
+def biased(heads: int, bias: jax.Array) -> nn.MultiHeadDotProductAttention:
+    """Attention whose logits get a bias, of shape (heads, queries, keys)."""
+    fn = functools.partial(nn.dot_product_attention, bias=bias)
+    return nn.MultiHeadDotProductAttention(heads, attention_fn=fn)
 
 
 class Axial(nn.Module):
@@ -399,6 +409,36 @@ class GptLayer(nn.Module):
         x = x + nn.MultiHeadDotProductAttention(4)(y, mask=mask)
         x = x + nn.Dense(32)(nn.gelu(nn.Dense(128)(nn.LayerNorm()(x))))
         return x, None
+
+
+class RelativeGpt(nn.Module):
+    """A decoder that knows distances alone: a table of them, or a slope for each head.
+
+    The table is that of a T5, Raffel et al. (2020), which all layers share; the slopes
+    are ALiBi's, Press et al. (2022).
+    """
+
+    slopes: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        places = jnp.arange(tokens.shape[1])
+        distance = jnp.maximum(places[:, None] - places, 0)
+        if self.slopes:
+            bias = -(2.0 ** -jnp.arange(2, 10, 2))[:, None, None] * distance
+        else:
+            # One row for each of the nearest four, and then ever coarser.
+            far = 4 + (4 * jnp.log(jnp.maximum(distance, 1) / 4) / jnp.log(4.0))
+            row = jnp.where(distance < 4, distance, jnp.minimum(far.astype(int), 7))
+            bias = nn.Embed(8, 4, embedding_init=nn.initializers.normal(1.0))(row)
+            bias = bias.transpose(2, 0, 1)
+        mask = nn.make_causal_mask(tokens)
+        x = nn.Embed(64, 32)(tokens)
+        for _ in range(3):
+            x = x + biased(4, bias)(nn.RMSNorm()(x), mask=mask)
+            x = x + nn.Dense(32)(nn.gelu(nn.Dense(128)(nn.RMSNorm()(x))))
+        return nn.Dense(64)(nn.RMSNorm()(x))
 
 
 class ScannedGpt(nn.Module):

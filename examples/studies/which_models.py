@@ -78,6 +78,8 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
         (TOKENS,),
     ),
     "GPT, scanned layers": (families.ScannedGpt(), "Linen", (TOKENS,)),
+    "GPT, a table of distances (T5)": (families.RelativeGpt(), "Linen", (TOKENS,)),
+    "GPT, slopes (ALiBi)": (families.RelativeGpt(slopes=True), "Linen", (TOKENS,)),
     "GPT, rotary positions": (families.Rotary(), "Linen", (TOKENS,)),
     "GPT, longer table (Flax's lm1b)": (families.Packed(False), "Linen", (TOKENS,)),
     "GPT, norms by 1 + scale": (families.Packed(True), "Linen", (TOKENS,)),

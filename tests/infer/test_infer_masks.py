@@ -91,10 +91,17 @@ def test_heads_and_windows_with_masks_of_their_own():
     assert swin.attended == pytest.approx(1 / np.mean([1 / 8, 1 / 8, 1 / 4]), rel=1e-3)
 
 
-def test_a_bias_is_no_mask_though_the_first_head_has_none():
+def test_slopes_of_each_head_count_though_the_first_has_none():
     slopes = np.array([0.0, 2.0, 4.0, 8.0])[:, None, None]
+    link = by_head(lambda w, _: w + -slopes * np.abs(FAR))
+    weights = np.exp(-slopes * np.abs(FAR))
+    squares = (weights**2).sum(-1) / weights.sum(-1) ** 2
+    assert link.attended == pytest.approx(1 / squares.mean(), rel=1e-3)
+
+
+def test_other_numbers_in_the_place_of_logits_are_no_mask():
     with pytest.raises(ValueError, match="numbers that are no mask"):
-        by_head(lambda w, _: w + -slopes * np.abs(FAR))
+        by_head(lambda w, _: jnp.where(FAR == 0, w, 0.5))
 
 
 def test_a_mask_that_leaves_one_position():

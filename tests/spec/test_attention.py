@@ -1,5 +1,6 @@
 """Attention against the Jacobians of the Flax layers and models that have it."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -122,6 +123,55 @@ def test_attention_with_fewer_features_than_its_input():
     assert len(ratios) == 4
     for path, ratio in ratios.items():
         assert 0.8 < ratio < 1.25, (path, ratio)
+
+
+class Biased(nn.Module):
+    size: float  # of what is added to the logits
+    shape: tuple[int, ...]  # of heads, queries and keys
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(x.shape[-1], name="below", kernel_init=ORTHOGONAL)(x)
+        bias = self.param("b", nn.initializers.normal(self.size), self.shape)
+        fn = functools.partial(nn.dot_product_attention, bias=bias)
+        mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
+        return nn.MultiHeadDotProductAttention(2, attention_fn=fn, name="a")(
+            x, mask=mask
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("size", [0.3, 3.0])
+def test_numbers_that_are_added_to_the_logits(size, heads, causal):
+    bias = [spec.Queries((heads, 10, 10), "b"), spec.Transpose((1, 2, 0))]
+    links = [
+        spec.Dense("below"),
+        spec.DotProductAttention(
+            *([spec.DenseGeneral(f"a/{name}")] for name in ("query", "key", "value")),
+            causal=causal,
+            bias=bias,
+        ),
+        spec.DenseGeneral("a/out"),
+    ]
+    model = Biased(size, (heads, 10, 10), causal)
+    ratios = agreement(model, links, normal(10, 12), draws=60)
+    assert len(kernels(ratios)) == 6
+    for path, ratio in kernels(ratios).items():
+        assert 1 / 1.4 < ratio < 1.4, (path, ratio)
+
+
+def test_a_table_is_as_often_used_as_it_has_rows_for():
+    link = spec.DotProductAttention(
+        [], [], [], bias=[spec.Input((6, 6)), spec.Embed("table")]
+    )
+    params = {"table": {"embedding": jnp.ones((11, 2))}}
+    chain = spec.LayerChain([link], input_shape=(6, 8))
+    bmo.check_spec(chain, params)
+    params["table"]["embedding"] = jnp.ones((11, 3))
+    with pytest.raises(ValueError, match=r"its bias of shape \(6, 6, 3\) must have sh"):
+        bmo.check_spec(chain, params)
 
 
 class Cross(nn.Module):

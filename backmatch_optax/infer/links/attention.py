@@ -18,7 +18,7 @@ from backmatch_optax.infer import graph, layout, pieces
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links.elementwise import dropout
 from backmatch_optax.infer.links.learned import origin
-from backmatch_optax.infer.step import Heads, Step, Unknown, description
+from backmatch_optax.infer.step import Heads, Step, Unknown, description, layer_path
 
 _HIDES = -50.0  # what is added to a logit of no weight, or less; 100 in Swin
 
@@ -27,7 +27,8 @@ def attention(node: Node) -> Step:
     """`DotProductAttention`: values weighted by a softmax of queries times keys.
 
     Masks of padding, which depend on the input, count as full. Dropout of the weights
-    and a bound on the logits by `tanh` are left out.
+    and a bound on the logits by `tanh` are left out. Learned numbers that are added to
+    the logits are a `bias`.
     """
     for which in (0, 1):
         found = _weights(node.operands[which])
@@ -41,7 +42,7 @@ def attention(node: Node) -> Step:
         )
     weights, over, moves = found
     values, logits = node.operands[1 - which], _logits(weights)
-    scores, factor, masks, axes = _scores(node, logits)
+    scores, factor, added, axes = _scores(node, logits)
     contracted, batched = layout.contracted(scores)
     # The axes of the scores: those that go along, then the others of either side.
     free = [
@@ -95,7 +96,9 @@ def attention(node: Node) -> Step:
     outcome = [out(axis) for axis in along[which]]
     outcome += by_side[which] + by_side[1 - which]
     positions = [at for at, axis in of_query.items() if axis in free[1 - side]]
-    causal, attended = _attended(node, scores, masks, positions, keyed)
+    learned = {term: times for step, _, times in added for term in _learned(step)}
+    causal, attended = _attended(node, scores, added, [*learned], positions, keyed)
+    queries = math.prod(scores.shape[axis] for axis in positions)
     heads = Heads(
         query=_roles(query, inner, batched[1 - side]),
         key=_roles(key, contracted[side], batched[side]),
@@ -104,6 +107,7 @@ def attention(node: Node) -> Step:
         factor=factor,
         causal=causal,
         attended=attended,
+        bias=_bias(node, learned, (queries, scores.shape[keyed])),
     )
     ends = (query, key, values)
     source = graph.common_dominators(ends)
@@ -244,14 +248,15 @@ def _unshifted(logits: Node, over: int) -> Node:
 
 def _scores(
     node: Node, logits: Node
-) -> tuple[Node, float, list[tuple[Node, Any]], Sequence[layout.Axis]]:
+) -> tuple[Node, float, list[tuple[Node, Any, float]], Sequence[layout.Axis]]:
     """The product of queries and keys that logits come from.
 
     Returns:
-      The product, what it is multiplied by, the masks with their axes in those of the
-      product, and where the axes of the product are in the logits.
+      The product, what it is multiplied by, where masks and other numbers meet it, with
+      its axes there and what these numbers are multiplied by afterwards, and where the
+      axes of the product are in the logits.
     """
-    factor, trail, at = 1.0, list[Node](), logits
+    factor, trail, at = 1.0, list[tuple[Node, float]](), logits
     while at.op != "dot_general" or len(at.flow) != 2:
         scales = at.op == "mul" or (at.op == "div" and at.operands[0].flows)
         passes = scales or at.op in (*layout.MOVES, "tanh", "select_n", "add")
@@ -268,17 +273,71 @@ def _scores(
                 what = description(others[0])
                 raise Unknown(node, f"the logits of attention are multiplied by {what}")
             factor *= constant if at.op == "mul" else 1 / constant
-        trail.append(at)
+        trail.append((at, factor))
         (at,) = at.flow
     sizes = enumerate(at.shape)
     axes: Sequence[layout.Axis] = [((i, 1, n),) if n > 1 else () for i, n in sizes]
-    masks = []
-    for step in reversed(trail):
+    added = []
+    for step, times in reversed(trail):
         if step.op in layout.MOVES:
             axes = layout.moved(step, axes)
         elif step.op in ("select_n", "add"):
-            masks.append((step, axes))
-    return at, factor, masks, axes
+            added.append((step, axes, times))
+    return at, factor, added, axes
+
+
+def _learned(step: Node) -> list[Node]:
+    """Learned terms of what is added to logits, without moves and repetitions."""
+    terms = [operand for operand in step.operands if not operand.flows]
+    found = list[Node]()
+    while step.op == "add" and terms:
+        term = origin(terms.pop())
+        if term.op == "add":
+            terms += term.operands
+        elif "param" in term.origins:
+            found.append(term)
+    return found
+
+
+def _bias(
+    node: Node, learned: Mapping[Node, float], places: tuple[int, int]
+) -> list[_spec.Link]:
+    """The links to what is learned of a bias of the logits.
+
+    Args:
+      node: the attention, for messages.
+      learned: what is added, and what it is multiplied by.
+      places: the numbers of queries and of keys.
+    """
+    if not learned:
+        return []
+    term, times = next(iter(learned.items()))
+    sizes = tuple(size for size in term.shape if size > 1)
+    links: list[_spec.Link] = []
+    if term.op == "param" and sizes[-2:] == places and len(sizes) in (2, 3):
+        links = [_spec.Queries(sizes, term.path)]
+        if len(sizes) == 3:
+            links.append(_spec.Transpose((1, 2, 0)))
+        else:
+            links.append(_spec.Reshape((*places, 1)))
+    elif term.op == "gather" and term.operands[0].op == "param":
+        table, indices = term.operands
+        rows = math.prod(indices.shape[:-1])
+        if (
+            len(table.shape) == 2
+            and table.shape[-1] == term.shape[-1]
+            and rows == math.prod(places)
+            and not indices.origins - {"array"}
+        ):
+            embed = _spec.Embed(layer_path(table, "embedding"))
+            links = [_spec.Input(places), embed]
+    if len(learned) > 1 or not links:
+        raise Unknown(
+            node,
+            f"to the logits of attention {description(term)} is added, which is no "
+            "number for each query and key, nor one that a table has for these",
+        )
+    return links if times == 1.0 else [*links, _spec.Scale(times)]
 
 
 def _constant(node: Node) -> float | None:
@@ -296,18 +355,23 @@ def _constant(node: Node) -> float | None:
 def _attended(
     node: Node,
     scores: Node,
-    masks: Sequence[tuple[Node, Any]],
+    added: Sequence[tuple[Node, Any, float]],
+    learned: Sequence[Node],
     positions: Sequence[int],
     keyed: int,
 ) -> tuple[bool, float | None]:
     """What masks leave: whether it is causal, and how many positions if not all.
 
-    What a mask takes from the input counts as whatever leaves most positions.
+    What a mask takes from the input counts as whatever leaves most positions. Numbers
+    that are added to the logits, such as a slope for each head, make weights of their
+    own: for the logits' own size there is no room beside them.
 
     Args:
       node: the attention, for messages.
       scores: the product of queries and keys.
-      masks: nodes that apply one, with the axes of the scores in theirs.
+      added: nodes where masks and numbers meet the scores, with the axes of these in
+        theirs, and what numbers are multiplied by.
+      learned: terms of theirs that count as zero.
       positions: the axes of the scores that are positions of the queries.
       keyed: that of the keys.
     """
@@ -326,36 +390,43 @@ def _attended(
     rows, columns = places[own], places[keyed]
     from_data = {
         found: True
-        for mask, _ in masks
-        for operand in mask.operands
+        for step, _, _ in added
+        for operand in step.operands
         for found in graph.above(operand)
         if not operand.flows and found.flow and not found.flows
     }
 
-    def left() -> Any:
-        """Where the masks leave a score as it is."""
-        allowed = np.ones_like(rows == columns)
-        for mask, axes in masks:
+    def sums() -> Any:
+        """What is added to each score."""
+        total = np.zeros_like(rows == columns, float)
+        for step, axes, times in added:
             index = [_place(axis, places) for axis in axes]
-            allowed = allowed & _unmasked(node, mask, index, from_data)
-        return allowed
+            known = from_data | dict.fromkeys(learned, 0.0)
+            total = total + _addend(node, step, times, index, known)
+        return total
 
-    allowed = left()
+    total = sums()
     for found in from_data:
         from_data[found] = False
-        changed = left()
-        if changed.mean() > allowed.mean():
-            allowed = changed
+        changed = sums()
+        if np.isfinite(changed).mean() > np.isfinite(total).mean():
+            total = changed
         else:
             from_data[found] = True
-    if allowed.all():
-        return False, None
-    counts = np.maximum(allowed.sum(keyed), 1)
-    whole = int(counts.max())
-    square = sizes[own] == sizes[keyed]
-    if square and (allowed == ((columns <= rows) & (columns > rows - whole))).all():
-        return True, None if whole == sizes[keyed] else max(float(whole), 1.0001)
-    return False, max(float(f"{1 / np.mean(1 / counts):.4g}"), 1.0001)
+    allowed = np.isfinite(total)
+    whole = int(allowed.sum(keyed).max())
+    causal = sizes[own] == sizes[keyed] and not allowed.all()
+    causal &= bool((allowed == ((columns <= rows) & (columns > rows - whole))).all())
+    highest = total.max(keyed, keepdims=True, initial=_HIDES)
+    weights = np.exp(total - highest)
+    weights = weights / np.maximum(weights.sum(keyed, keepdims=True), 1.0)
+    squares = (weights**2).sum(keyed, keepdims=True)
+    if causal:
+        squares = squares.take([-1], own)  # those before see fewer in any case
+    squares = np.where(squares > 0, squares, 1.0)
+    attended = max(float(f"{1 / squares.mean():.4g}"), 1.0001)
+    everything = math.isclose(attended, sizes[keyed], rel_tol=1e-3)
+    return causal, None if everything else attended
 
 
 def _place(axis: layout.Axis, places: Sequence[Any]) -> Any:
@@ -366,38 +437,39 @@ def _place(axis: layout.Axis, places: Sequence[Any]) -> Any:
     return index
 
 
-def _unmasked(
-    node: Node, mask: Node, index: Sequence[Any], from_data: Mapping[Node, bool]
+def _addend(
+    node: Node,
+    step: Node,
+    times: float,
+    index: Sequence[Any],
+    given: Mapping[Node, Any],
 ) -> Any:
-    """Where a mask leaves a score as it is."""
+    """What a step adds to scores: minus infinity where it hides one."""
     known = {
         found: functools.partial(lambda value, index: np.asarray(value), value)
-        for found, value in from_data.items()
+        for found, value in given.items()
     }
     try:
         values = [
             None
             if operand.flows
             else np.asarray(pieces.entries(operand, _at(operand, index), known))
-            for operand in mask.operands
+            for operand in step.operands
         ]
     except layout.Unmatched as error:
         raise Unknown(
             node, f"the logits of attention meet {description(error.node)}"
         ) from None
-    if mask.op == "add":
-        (hidden,) = (value for value in values if value is not None)
-        allowed = hidden > _HIDES
-        hidden = np.where(allowed, hidden, 0)
-    else:
-        which, *cases = values
-        assert which is not None
-        allowed = which.astype(int) == mask.operands.index(mask.flow[0]) - 1
-        (hidden,) = (value for value in cases if value is not None)
-        hidden = hidden > _HIDES
-    if np.any(hidden):
+    if step.op == "add":
+        (number,) = (value for value in values if value is not None)
+        return np.where(number > _HIDES, number * times, -np.inf)
+    which, *cases = values
+    assert which is not None
+    (number,) = (value for value in cases if value is not None)
+    if np.any(number > _HIDES):
         raise Unknown(node, "the logits of attention meet numbers that are no mask")
-    return allowed
+    left = which.astype(int) == step.operands.index(step.flow[0]) - 1
+    return np.where(left, 0.0, -np.inf)
 
 
 def _at(operand: Node, index: Sequence[Any]) -> list[Any]:
