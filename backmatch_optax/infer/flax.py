@@ -335,7 +335,8 @@ def _message(
     text = f"infer_spec: {place}: {unknown.reason}{line}. "
     for leaf in given:
         batched = (1, *leaf.shape)
-        if leaf.flows and any(n.flows and n.shape == batched for n in above(node)):
+        unbatched = leaf.flows and leaf.shape[:1] != (1,)
+        if unbatched and any(n.flows and n.shape == batched for n in above(node)):
             text += _lacks_batch(leaf)
     if ways_out:
         several = (

@@ -90,8 +90,8 @@ TREES: dict[str, Callable[[], tuple[Any, spec.LayerChain]]] = {
 def optimizer(method: str, chain: spec.LayerChain) -> optax.GradientTransformation:
     """Those of the other examples, LAMB, and the method with other options.
 
-    "own norms" divides each gradient by the squared norm of its kernel, and does nothing
-    else: no rule that reads norms costs less.
+    "own norms" divides each gradient by the squared norm of its kernel, no more: a rule
+    that reads norms cannot cost less.
     """
     if method in GAINS or method == "own norms":
         decay, sgd = optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9, nesterov=True)

@@ -190,6 +190,16 @@ def test_a_bias_that_is_made_of_learned_numbers_is_refused():
         infer_spec(Call(function), array(1, 6, 16))
 
 
+def test_a_bias_of_each_pair_of_positions_is_refused():
+    def function(module, x):
+        pairs = nn.Dense(2, name="pairs")(x[:, :, None] * x[:, None])
+        return attention(pairs.transpose(0, 3, 1, 2), name="a")(nn.Dense(16)(x))
+
+    with pytest.raises(ValueError, match="no product of queries and keys") as error:
+        infer_spec(Call(function), array(1, 6, 16))
+    assert "batch dimension" not in str(error.value)  # it is there
+
+
 def test_a_bias_for_each_key_alone_is_refused():
     def function(module, x):
         return attention(module.param("b", UNIT, (6,)), name="a")(nn.Dense(16)(x))
