@@ -23,6 +23,7 @@ from backmatch_optax.infer.build import Context, Links, Measure
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links import attention
 from backmatch_optax.infer.links.learned import positions, repeated
+from backmatch_optax.infer.links.linear import outer
 from backmatch_optax.infer.links.noise import noise
 from backmatch_optax.infer.links.rotation import rotation
 from backmatch_optax.infer.step import (
@@ -246,8 +247,8 @@ class _Cutter:
         if node.op == "mul" and len(node.flow) == 2:
             yield _tried(lambda: self._gate(node))
         yield from late
-        found = noise(node)
-        yield from () if found is None else (found,)
+        for found in (noise(node), outer(node)):
+            yield from () if found is None else (found,)
         if begin.op == "input" and not begin.learned and _is_preparation(node, begin):
             yield Step(node, begin, begins=True)
         elif node.op in _SUMS and len(node.flow) == 1:

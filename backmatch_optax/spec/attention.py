@@ -41,7 +41,8 @@ class DenseGeneral(Link):
 
     Axes that both the input and the output have (`batch_axis`) make a kernel of its own
     for each of their entries: the whole is a `Dense` whose kernel is zero outside of
-    blocks. The zeros change none of the rules.
+    blocks. The zeros change none of the rules. With `in_axis=()` each feature becomes
+    several, as where numbers of a table become tokens.
 
     Args:
       path: where the layer's `kernel` and optional `bias` lie in the parameters, or
@@ -64,6 +65,13 @@ class DenseGeneral(Link):
 
       >>> spec.DenseGeneral("q_einsum", in_axis=1)
       spec.DenseGeneral('q_einsum', in_axis=1)
+
+      A kernel of shape (features, width), `x[..., None] * kernel`, and then tokens:
+
+      >>> tokens = [
+      ...     spec.DenseGeneral("tokens", in_axis=(), batch_axis=0),
+      ...     spec.Reshape((13, 64)),
+      ... ]
     """
 
     path: str
@@ -79,8 +87,10 @@ class DenseGeneral(Link):
         self._canonical(batch_axis=_short(_axes("batch_axis", self.batch_axis)))
         if in_axis is not None:
             self._canonical(in_axis=_short(in_axis))
-        elif self.batch_axis != ():
+        if in_axis is None and self.batch_axis != ():
             raise ValueError(f"batch_axis (={self.batch_axis!r}) needs in_axis")
+        if in_axis == () and self.batch_axis == ():
+            raise ValueError("in_axis (=()) needs batch_axis")
 
     def shape_after(
         self, input_shape: Shape, param_shapes: Mapping[str, Shape]
@@ -143,7 +153,7 @@ def _axes(name: str, axes: Any) -> tuple[int, ...]:
     """Axes of a kernel as a tuple, or `ValueError`."""
     found = (axes,) if isinstance(axes, int) else axes
     fits = isinstance(found, Sequence) and all(type(axis) is int for axis in found)
-    if not fits or len({*found}) < len(found) or (name == "in_axis" and not found):
+    if not fits or len({*found}) < len(found):
         raise ValueError(f"{name} (={axes!r}) must be an int or different ints")
     return tuple(found)
 

@@ -98,12 +98,16 @@ def optimizer(method: str, chain: spec.LayerChain) -> optax.GradientTransformati
         scale = (
             bmo.scale_by_backmatch(chain, **GAINS[method])
             if method in GAINS
-            else optax.stateless_with_tree_map(lambda g, w: g / jnp.sum(jnp.square(w)))
+            else optax.stateless(_by_own_norms)
         )
         return optax.chain(decay, scale, sgd)
     if method == "lamb":
         return optax.lamb(0.1, weight_decay=5e-4)
     return methods.optimizer(method, 0.1, chain, weight_decay=5e-4)
+
+
+def _by_own_norms(updates: Any, params: Any) -> Any:
+    return jax.tree.map(lambda g, w: g / jnp.sum(jnp.square(w)), updates, params)
 
 
 class Update:

@@ -327,6 +327,29 @@ class Axial(nn.Module):
         return nn.Dense(10)(nn.LayerNorm()(x).mean((1, 2)))
 
 
+class FeatureTokens(nn.Module):
+    """Each column of a table as a token, and a class token, Gorishniy et al. (2021)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What it makes of a batch."""
+        init = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
+        kernel, bias, token = (
+            self.param(name, init, shape)
+            for name, shape in (
+                ("kernel", (x.shape[1], 32)),
+                ("bias", (x.shape[1], 32)),
+                ("token", (1, 1, 32)),
+            )
+        )
+        x = x[:, :, None] * kernel + bias
+        x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, 32)), x], 1)
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x))
+            x = x + nn.Dense(32)(nn.relu(nn.Dense(64)(nn.LayerNorm()(x))))
+        return nn.Dense(2)(nn.relu(nn.LayerNorm()(x[:, 0])))
+
+
 class Perceiver(nn.Module):
     """Latents that attend to the pixels as they are, Jaegle et al. (2021)."""
 

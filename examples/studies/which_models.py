@@ -68,6 +68,7 @@ MODELS: dict[str, tuple[Any, str, tuple[tuple[int, ...] | str, ...]]] = {
     "ViT, attention pooling": (families.Vit("attention"), "Linen", (IMAGES,)),
     "attention within windows (Swin)": (families.Windowed(), "Linen", (IMAGES,)),
     "attention along rows and columns": (families.Axial(), "Linen", (IMAGES,)),
+    "tokens of a table (FT-Transformer)": (families.FeatureTokens(), "Linen", ((12,),)),
     "Perceiver": (families.Perceiver(), "Linen", (IMAGES,)),
     "DETR": (families.Detector(), "Linen", (IMAGES,)),
     "GPT, SwiGLU, tied head": (families.LinenGpt(), "Linen", (TOKENS,)),

@@ -1,10 +1,15 @@
 """Parameters that are transformed, cut or shifted before they are used."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from held_against import ratios, worst
+from zoo_linen import array
 
 import backmatch_optax as bmo
 from examples.studies import families, which_models
@@ -93,6 +98,51 @@ def test_transformed_kernels_and_response_norms_name_a_block_that_works(name, pa
     # Where NNX keeps the scale of a WeightNorm depends on its version.
     assert blocks[0].path in (path, f"{path}/layer_instance")
     assert bmo.infer_spec(model, x, blocks=blocks).layers
+
+
+# Each feature becomes a token: numbers of its own times the feature.
+TOKENS: dict[str, Callable[[Any, Any], Any]] = {
+    "repeated": lambda x, w: x[:, :, None] * w,
+    "on the right": lambda x, w: w[None] * jnp.expand_dims(x, 2),
+    "einsum": lambda x, w: jnp.einsum("bf,fd->bfd", x, w),
+    "transposed": lambda x, w: (x[:, None] * w.T).transpose(0, 2, 1),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("way", TOKENS)
+def test_features_that_become_tokens(way, batch):
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.initializers.normal(1.0)
+            x = TOKENS[way](x, self.param("w", init, (7, 16)))
+            x = x + self.param("b", init, (7, 16))
+            y = nn.LayerNorm(name="norm")(x)
+            x = x + nn.MultiHeadDotProductAttention(2, name="a")(y)
+            return nn.Dense(3, name="head")(x.mean(1))
+
+    chain = bmo.infer_spec(Tokens(), jnp.ones((batch, 7)))
+    assert chain.layers[:3] == (
+        bmo.spec.DenseGeneral("w", in_axis=(), batch_axis=0),
+        bmo.spec.Reshape((7, 16)),
+        bmo.spec.Bias("b"),
+    )
+    assert worst(ratios(Tokens(), chain, array(1, 7), batch=128)) < 2.5
+
+
+def test_a_signal_that_comes_again_before_and_behind_its_features():
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.normal(1.0), (5, 8, 3))
+            x = nn.Dense(8)(x)[:, None, :, None] * w
+            return nn.Dense(3)(x.reshape(len(x), 5, 24))
+
+    chain = bmo.infer_spec(Both(), jnp.ones((2, 4)))
+    link = bmo.spec.DenseGeneral("w", in_axis=(), batch_axis=1)
+    assert link in chain.layers
+    assert worst(ratios(Both(), chain, array(1, 4), batch=128)) < 2.5
 
 
 def test_a_table_that_is_cut_anywhere_else_is_no_bias():

@@ -31,6 +31,7 @@ EINSUMS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
     "BTD,CNDH->CBTNH": ((2, 4, 6, 3), (5, 6), {"in_axis": 2}),
     "BTNH,HDN->BTD": ((3, 6, 4), (5, 4, 3), {"in_axis": (0, -1)}),
     "BTNH,NHG->BTNG": ((4, 3, 2), (5, 4, 3), {"in_axis": 1, "batch_axis": 0}),
+    "BTN,NG->BTNG": ((4, 3), (5, 4), {"in_axis": (), "batch_axis": 0}),
 }
 
 
@@ -55,7 +56,8 @@ def test_kernels_of_einsums_in_any_order(equation):
             {"in_axis": (0, 0)},
             r"in_axis \(=\(0, 0\)\) must be an int or different ints",
         ),
-        ({"in_axis": ()}, r"in_axis \(=\(\)\) must be"),
+        ({"in_axis": ()}, r"in_axis \(=\(\)\) needs batch_axis"),
+        ({"in_axis": (), "batch_axis": 1}, r"the axes \(1,\) of its kernel"),
         ({"in_axis": 0, "batch_axis": 1.5}, r"batch_axis \(=1.5\) must be"),
         ({"batch_axis": 0}, r"batch_axis \(=0\) needs in_axis"),
     ],

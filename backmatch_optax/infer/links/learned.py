@@ -44,6 +44,13 @@ def origin(node: Node) -> Node:
     return node
 
 
+def moved_axes(node: Node) -> Sequence[layout.Axis]:
+    """The axes of a node in those of its origin."""
+    if node.op in layout.MOVES:
+        return layout.moved(node, moved_axes(node.operands[0]))
+    return [((i, 1, n),) if n > 1 else () for i, n in enumerate(node.shape)]
+
+
 def repeated(output: Node) -> list[Node]:
     """Learned arrays that are repeated for each example and then read as a signal is.
 
@@ -78,16 +85,10 @@ def _meets_a_signal(node: Node) -> bool:
 
 def is_aligned(node: Node, path: str) -> bool:
     """Whether a node is a parameter, repeated as NumPy does."""
-    moves = [node]
-    while moves[-1].op in layout.MOVES:
-        moves.append(moves[-1].operands[0])
-    param = moves.pop()
+    param = origin(node)
     if param.path != path or param.op != "param":
         return False
-    sizes = enumerate(param.shape)
-    axes: Sequence[layout.Axis] = [((i, 1, n),) if n > 1 else () for i, n in sizes]
-    for move in reversed(moves):
-        axes = layout.moved(move, axes)
+    axes = moved_axes(node)
     before = len(axes) - len(param.shape)
     return all(
         {factor[0] for factor in axis} <= {-1, at - before}

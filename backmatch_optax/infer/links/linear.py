@@ -10,6 +10,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.infer import layout
 from backmatch_optax.infer.graph import Node, above
 from backmatch_optax.infer.links.attention import attention
+from backmatch_optax.infer.links.learned import moved_axes, origin
 from backmatch_optax.infer.links.resize import interpolation
 from backmatch_optax.infer.step import (
     Step,
@@ -89,6 +90,57 @@ def dense(node: Node) -> Step:
         placed=tuple(own.index(axis) for axis in found),
         opaque=True,
     )
+
+
+def outer(node: Node) -> Step | None:
+    """`DenseGeneral` that adds nothing up: a feature times several numbers of its own.
+
+    None for what is something else.
+    """
+    if node.op != "mul" or len(node.flow) != 1:
+        return None
+    (repeated,) = node.flow
+    (numbers,) = (operand for operand in node.operands if not operand.flows)
+    signal, kernel = origin(repeated), origin(numbers)
+    at, of = _whole_axes(repeated), _whole_axes(numbers)
+    if kernel.op != "param" or not at or not of:
+        return None
+    at[0] = 0  # the batch, which may have one example
+    both = [*zip(of, at, strict=True)]
+    along = {a: s for a, s in both if a >= 0 and s >= 0}
+    placed = [("signal", s) if a < 0 else ("kernel", a) for a, s in both]
+    axes = [*range(len(kernel.shape))]
+    features = [along[axis] for axis in axes if axis in along]
+    positions = [s for s in range(len(signal.shape)) if s not in features]
+    own = [("signal", s) for s in positions] + [("kernel", axis) for axis in axes]
+    if not features or len(features) == len(axes) or sorted(placed) != sorted(own):
+        return None
+    path = layer_path(kernel, "kernel")
+    return Step(
+        node,
+        signal,
+        [_spec.DenseGeneral(path, in_axis=(), batch_axis=sorted(along))],
+        contracted=len(features),
+        order=(*positions, *features),
+        sizes=kernel.shape,
+        placed=tuple(own.index(axis) for axis in placed),
+        opaque=True,
+    )
+
+
+def _whole_axes(node: Node) -> list[int]:
+    """Which axis of its origin each axis is, -1 where it is repeated.
+
+    Empty where these are parts of axes.
+    """
+    sizes, axes = origin(node).shape, moved_axes(node)
+    found = [[factor for factor in axis if factor[0] >= 0] for axis in axes]
+    whole = all(
+        len(axis) == len(kept) < 2 and all(sizes[a] == n for a, _, n in kept)
+        for axis, kept in zip(axes, found, strict=True)
+        if kept
+    )
+    return [axis[0][0] if axis else -1 for axis in found] if whole else []
 
 
 def _contraction(
