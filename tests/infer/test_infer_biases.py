@@ -1,6 +1,8 @@
 """Numbers that are added to the logits of attention: tables, arrays, slopes."""
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,7 +32,7 @@ def stem(x):
     return nn.Dense(16, name="stem", kernel_init=ORTHOGONAL)(x)
 
 
-def attentions(links):
+def attentions(links) -> Iterator[Any]:
     """The attention among links and inside residuals."""
     for link in links:
         if isinstance(link, spec.Residual):
