@@ -302,10 +302,12 @@ class Windowed(nn.Module):
         return nn.Dense(10)(nn.LayerNorm()(x).mean((1, 2)))
 
 
-def biased(heads: int, bias: jax.Array) -> nn.MultiHeadDotProductAttention:
+def biased(
+    heads: int, bias: jax.Array, name: str | None = None
+) -> nn.MultiHeadDotProductAttention:
     """Attention whose logits get a bias, of shape (heads, queries, keys)."""
     fn = functools.partial(nn.dot_product_attention, bias=bias)
-    return nn.MultiHeadDotProductAttention(heads, attention_fn=fn)
+    return nn.MultiHeadDotProductAttention(heads, attention_fn=fn, name=name)
 
 
 class Axial(nn.Module):

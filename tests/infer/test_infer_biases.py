@@ -14,6 +14,7 @@ from held_against import ratios, worst
 from zoo_linen import Call, array
 
 from backmatch_optax import check_spec, infer_spec, spec
+from examples.studies import families
 
 UNIT = nn.initializers.normal(1.0)
 ORTHOGONAL = nn.initializers.orthogonal()
@@ -21,10 +22,7 @@ PLACES = np.arange(6)
 APART = np.clip(PLACES - PLACES[:, None], -3, 3) + 3
 
 
-def attention(bias, **kwargs):
-    """A Flax attention whose logits get a bias."""
-    biased = functools.partial(nn.dot_product_attention, bias=bias)
-    return nn.MultiHeadDotProductAttention(2, attention_fn=biased, **kwargs)
+attention = functools.partial(families.biased, 2)
 
 
 def stem(x):
@@ -42,7 +40,7 @@ def attentions(links) -> Iterator[Any]:
 
 
 class Text(nn.Module):
-    """One table of distances for all layers, unscaled logits (T5)."""
+    """One table of distances for all layers (T5)."""
 
     layers: int = 2
     causal: bool = False

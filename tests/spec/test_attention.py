@@ -1,6 +1,5 @@
 """Attention against the Jacobians of the Flax layers and models that have it."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +13,7 @@ from flax import nnx
 import backmatch_optax as bmo
 from backmatch_optax import spec
 from backmatch_optax.softmax_weights import softmax_weights
+from examples.studies import families
 
 ORTHOGONAL = nn.initializers.orthogonal()
 
@@ -134,11 +134,8 @@ class Biased(nn.Module):
     def __call__(self, x):
         x = nn.Dense(x.shape[-1], name="below", kernel_init=ORTHOGONAL)(x)
         bias = self.param("b", nn.initializers.normal(self.size), self.shape)
-        fn = functools.partial(nn.dot_product_attention, bias=bias)
         mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
-        return nn.MultiHeadDotProductAttention(2, attention_fn=fn, name="a")(
-            x, mask=mask
-        )
+        return families.biased(2, bias, name="a")(x, mask=mask)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -162,7 +159,7 @@ def test_numbers_that_are_added_to_the_logits(size, heads, causal):
         assert 1 / 1.4 < ratio < 1.4, (path, ratio)
 
 
-def test_a_table_is_as_often_used_as_it_has_rows_for():
+def test_a_table_with_other_columns_than_heads_is_named():
     link = spec.DotProductAttention(
         [], [], [], bias=[spec.Input((6, 6)), spec.Embed("table")]
     )

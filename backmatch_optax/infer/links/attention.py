@@ -17,7 +17,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.infer import graph, layout, pieces
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links.elementwise import dropout
-from backmatch_optax.infer.links.learned import origin
+from backmatch_optax.infer.links.learned import origin, whole_axes
 from backmatch_optax.infer.step import Heads, Step, Unknown, description, layer_path
 
 _HIDES = -50.0  # what is added to a logit of no weight, or less; 100 in Swin
@@ -275,9 +275,7 @@ def _scores(
             factor *= constant if at.op == "mul" else 1 / constant
         trail.append((at, factor))
         (at,) = at.flow
-    sizes = enumerate(at.shape)
-    axes: Sequence[layout.Axis] = [((i, 1, n),) if n > 1 else () for i, n in sizes]
-    added = []
+    axes, added = whole_axes(at), []
     for step, times in reversed(trail):
         if step.op in layout.MOVES:
             axes = layout.moved(step, axes)
@@ -288,9 +286,11 @@ def _scores(
 
 def _learned(step: Node) -> list[Node]:
     """Learned terms of what is added to logits, without moves and repetitions."""
+    if step.op != "add":
+        return []
     terms = [operand for operand in step.operands if not operand.flows]
     found = list[Node]()
-    while step.op == "add" and terms:
+    while terms:
         term = origin(terms.pop())
         if term.op == "add":
             terms += term.operands
@@ -399,9 +399,9 @@ def _attended(
     def sums() -> Any:
         """What is added to each score."""
         total = np.zeros_like(rows == columns, float)
+        known = from_data | dict.fromkeys(learned, 0.0)
         for step, axes, times in added:
             index = [_place(axis, places) for axis in axes]
-            known = from_data | dict.fromkeys(learned, 0.0)
             total = total + _addend(node, step, times, index, known)
         return total
 

@@ -48,6 +48,11 @@ def moved_axes(node: Node) -> Sequence[layout.Axis]:
     """The axes of a node in those of its origin."""
     if node.op in layout.MOVES:
         return layout.moved(node, moved_axes(node.operands[0]))
+    return whole_axes(node)
+
+
+def whole_axes(node: Node) -> Sequence[layout.Axis]:
+    """The axes of a node in its own."""
     return [((i, 1, n),) if n > 1 else () for i, n in enumerate(node.shape)]
 
 

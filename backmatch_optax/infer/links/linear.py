@@ -102,7 +102,7 @@ def outer(node: Node) -> Step | None:
     (repeated,) = node.flow
     (numbers,) = (operand for operand in node.operands if not operand.flows)
     signal, kernel = origin(repeated), origin(numbers)
-    at, of = _whole_axes(repeated), _whole_axes(numbers)
+    at, of = _axes_of_origin(repeated), _axes_of_origin(numbers)
     if kernel.op != "param" or not at or not of:
         return None
     at[0] = 0  # the batch, which may have one example
@@ -128,7 +128,7 @@ def outer(node: Node) -> Step | None:
     )
 
 
-def _whole_axes(node: Node) -> list[int]:
+def _axes_of_origin(node: Node) -> list[int]:
     """Which axis of its origin each axis is, -1 where it is repeated.
 
     Empty where these are parts of axes.
