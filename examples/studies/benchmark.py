@@ -6,8 +6,8 @@
 
 Everything is a ratio to SGD in the same run, the methods taking turns; ratios are
 medians of the ratios within a round, so that a machine whose speed drifts favours
-nobody. Tracing and compiling count in seconds of the processor. An update includes
-weight decay and momentum, but no gradient.
+nobody. Tracing and compiling take turns too, in seconds of the processor. An update
+includes weight decay and momentum, but no gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from backmatch_optax import spec
 from examples import cpu, data, language_model, methods, models, training
 from examples.arguments import whole
 
-METHODS = ("sgd", "backmatch", "lars", "lamb", "adamw", "muon")
+METHODS = ("sgd", "backmatch", "backmatch, default", "lars", "lamb", "adamw", "muon")
 PARTS = ("updates", "steps", "refreshes", "depth", "programs", "inference")
 DEPTHS = (100, 300, 1000)
 
@@ -107,11 +107,28 @@ def optimizer(method: str, chain: spec.LayerChain) -> optax.GradientTransformati
 
 
 def _by_own_norms(updates: Any, params: Any) -> Any:
-    return jax.tree.map(lambda g, w: g / jnp.sum(jnp.square(w)), updates, params)
+    return jax.tree.map(
+        lambda g, w: g / jnp.sum(jnp.square(w)) if w.ndim > 1 else g, updates, params
+    )
 
 
-class Update:
-    """A compiled update and what it took to make it."""
+class Program:
+    """A compiled program and what it took to make it."""
+
+    def __init__(self, lower: Callable[[], Any]):
+        start = time.process_time()
+        lowered = lower()
+        traced = time.process_time()
+        self.compiled = lowered.compile()
+        self.trace_seconds = traced - start
+        self.compile_seconds = time.process_time() - traced
+        text = str(self.compiled.as_text())
+        self.hlo_lines = text.count("\n")
+        self.kernels = _kernels(text)
+
+
+class Update(Program):
+    """A compiled update."""
 
     def __init__(self, method: str, params: Any, chain: spec.LayerChain):
         tx = optimizer(method, chain)
@@ -123,15 +140,7 @@ class Update:
 
         # Donated, as a training step does: no new buffers for parameters and momentum.
         jitted = jax.jit(update, donate_argnums=(1, 2))
-        start = time.process_time()
-        lowered = jitted.lower(params, opt_state, params)
-        traced = time.process_time()
-        self.compiled = lowered.compile()
-        self.trace_seconds = traced - start
-        self.compile_seconds = time.process_time() - traced
-        text = str(self.compiled.as_text())
-        self.hlo_lines = text.count("\n")
-        self.kernels = _kernels(text)
+        super().__init__(lambda: jitted.lower(params, opt_state, params))
         self.state = (jax.tree.map(jnp.copy, params), opt_state)
         memory: Any = self.compiled.memory_analysis()
         # What is neither an argument nor, donated, a result in its place.
@@ -221,7 +230,8 @@ def steps(rounds: int) -> Iterator[str]:
     dataset = data.load("digits")
     for name, batch in (("lenet", 128), ("vgg11", 32)):
         model, chain = models.MODELS[name](10, dataset.input_shape)
-        optimizers = {m: optimizer(m, chain) for m in ("sgd", "backmatch", "lars")}
+        compared = ("sgd", "backmatch", "backmatch, default", "lars")
+        optimizers = {m: optimizer(m, chain) for m in compared}
         model = cpu.faster(model)
         states = training.create_states(model, optimizers, dataset, jax.random.key(0))
         step = training.make_train_step(dataset)
@@ -321,40 +331,57 @@ MEASURED: dict[str, Callable[[], tuple[Any, Any, Any]]] = {
 }
 
 
-def depth(depths: Sequence[int]) -> Iterator[str]:
+def made_in_turn(
+    make: Callable[[str], Program], methods: Sequence[str], compiles: int
+) -> Iterator[tuple[str, float, float, float, Program]]:
+    """Of each method the seconds to trace and to compile, both over SGD's, a program.
+
+    Medians over the rounds, as everywhere.
+    """
+    programs, seconds = {}, {method: [] for method in methods}
+    make("sgd")  # what only the first one does
+    for turn in tqdm(range(compiles), leave=False):
+        for place in range(len(methods)):
+            method = methods[(turn + place) % len(methods)]
+            made = programs[method] = make(method)
+            seconds[method].append((made.trace_seconds, made.compile_seconds))
+    sgd = np.sum(seconds["sgd"], axis=1)
+    for method, taken in seconds.items():
+        trace, compiled = np.median(taken, axis=0)
+        over_sgd = np.median(np.sum(taken, axis=1) / sgd)
+        yield method, trace, compiled, over_sgd, programs[method]
+
+
+def depth(depths: Sequence[int], compiles: int) -> Iterator[str]:
     """Trace and compile time and program size against the number of layers."""
     yield "| chain | layers | method | trace, s | compile, s | over SGD | HLO lines |"
     yield "|---|---|---|---|---|---|---|"
     for kind, layers in itertools.product(KINDS, depths):
         params, chain = deep_chain(layers, kind)
-        sgd = 0.0
-        for method in ("sgd", *GAINS, "lars"):
-            made = Update(method, params, chain)
-            total = made.trace_seconds + made.compile_seconds
-            sgd = sgd or total
+        make = functools.partial(Update, params=params, chain=chain)
+        for method, trace, compiled, ratio, made in made_in_turn(
+            make, ("sgd", "own norms", *GAINS, "lars"), compiles
+        ):
             yield (
-                f"| {kind} | {layers} | {method} | {made.trace_seconds:.2f} "
-                f"| {made.compile_seconds:.2f} | {total / sgd:.2f} | {made.hlo_lines} |"
+                f"| {kind} | {layers} | {method} | {trace:.2f} | {compiled:.2f} "
+                f"| {ratio:.2f} | {made.hlo_lines} |"
             )
 
 
-def programs() -> Iterator[str]:
+def programs(compiles: int) -> Iterator[str]:
     """Trace and compile time of a whole training step, gradient included."""
     yield "| network | method | trace, s | compile, s | over SGD |"
     yield "|---|---|---|---|---|"
     for name, lower in (("ResNet-50", _resnet_step), ("GPT, 24 layers", _gpt_step)):
-        sgd = 0.0
-        lower("sgd").compile()  # what only the first one does
-        for method in ("sgd", "own norms", *GAINS, "adamw", "lars"):
-            start = time.process_time()
-            lowered = lower(method)
-            traced = time.process_time()
-            lowered.compile()
-            trace, compiled = traced - start, time.process_time() - traced
-            sgd = sgd or trace + compiled
+
+        def make(method, lower=lower):
+            return Program(functools.partial(lower, method))
+
+        for method, trace, compiled, ratio, _ in made_in_turn(
+            make, ("sgd", "own norms", *GAINS, "adamw", "lars"), compiles
+        ):
             yield (
-                f"| {name} | {method} | {trace:.2f} | {compiled:.2f} "
-                f"| {(trace + compiled) / sgd:.3f} |"
+                f"| {name} | {method} | {trace:.2f} | {compiled:.2f} | {ratio:.3f} |"
             )
 
 
@@ -427,6 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rounds", type=whole(1), default=100, help="times each is timed"
     )
+    parser.add_argument(
+        "--compiles", type=whole(1), default=3, help="times each is compiled"
+    )
     parser.add_argument("--trees", nargs="+", choices=TREES, default=list(TREES))
     parser.add_argument("--depths", nargs="+", type=whole(1), default=list(DEPTHS))
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: JAX's own")
@@ -442,8 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "updates": lambda: updates(options.trees, options.rounds),
         "steps": lambda: steps(options.rounds),
         "refreshes": lambda: refreshes(options.rounds),
-        "depth": lambda: depth(options.depths),
-        "programs": programs,
+        "depth": lambda: depth(options.depths, options.compiles),
+        "programs": lambda: programs(options.compiles),
         "inference": inference,
     }
     for part in options.parts:

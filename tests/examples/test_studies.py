@@ -31,7 +31,7 @@ def test_the_transformer_learns_a_little_in_two_epochs(method):
 
 def test_the_benchmark_prints_a_row_for_each_method(capsys):
     parts = ("--parts", "updates", "depth", "--trees", "LeNet", "--depths", "3")
-    benchmark.main([*parts, "--rounds", "2"])
+    benchmark.main([*parts, "--rounds", "2", "--compiles", "1"])
     printed = capsys.readouterr().out
     for method in benchmark.METHODS:
         assert f"| LeNet | {method} |" in printed
