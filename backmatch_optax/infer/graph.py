@@ -48,7 +48,7 @@ class Node:
       path: of a leaf, its path among the parameters or other variables; of a value
         that is kept, its name.
       value: of a constant, its value if that is the same everywhere.
-      array: of a constant, all of it.
+      array: of a constant all of it, once that is known.
       uses: the paths of the parameters that it is computed from. A value that depends
         on the input tells only those that it meets here.
       dominator: the last value that all paths from the input to it pass through; None

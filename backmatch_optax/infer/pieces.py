@@ -13,9 +13,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from backmatch_optax.infer.graph import Node
+from backmatch_optax.infer.graph import Node, run
 from backmatch_optax.infer.layout import (
     MOVES,
     Axis,
@@ -63,6 +64,7 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "not": np.logical_not,
     "or": np.logical_or,
     "pow": np.power,
+    "rem": np.fmod,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "select_n": lambda which, *cases: np.choose(np.asarray(which, int), cases),
     "sign": np.sign,
@@ -237,21 +239,25 @@ def entries(
       known: other values, as functions that give their entries.
 
     Returns:
-      The entries. Nothing else of the value is computed.
+      The entries. Nothing else of the value is computed, where its primitives are
+      known here; of one that is not, all.
 
     Raises:
-      Unmatched: where it depends on something else, or is computed in another way.
+      Unmatched: where it depends on something else.
     """
     options, operands = node.options, node.operands
     if node in known:
         return known[node](index)
-    if node.op == "constant":
+    if node.array is not None:
         return np.asarray(node.array)[tuple(index)]
     if node.op == "iota":
         return index[options["dimension"]]
-    if node.op in _ELEMENTWISE:
+    of_bits = node.op in ("and", "not", "or") and node.dtype != bool
+    if node.op in _ELEMENTWISE and not of_bits:
         values = [entries(x, _repeating(x.shape, index), known) for x in operands]
-        return _ELEMENTWISE[node.op](*values)
+        found = _ELEMENTWISE[node.op](*values)
+        integers = node.op == "div" and np.issubdtype(node.dtype, np.integer)
+        return np.trunc(found) if integers else found
     if not operands:
         raise Unmatched(node)
     (x, *_), shape = operands, node.shape
@@ -303,6 +309,10 @@ def entries(
             values = np.where(inside, entries(part, taken, known), values)
             first += part.shape[axis]
         return values
+    if node.origins <= {"array"}:
+        with jax.ensure_compile_time_eval():  # whatever is being traced around it
+            node.array = np.asarray(run([node], {})[0])
+        return node.array[tuple(index)]
     raise Unmatched(node)
 
 
@@ -317,7 +327,17 @@ def known(node: Node) -> bool:
     return node.op in _ELEMENTWISE or node.op in _SHAPED
 
 
-def all_entries(node: Node) -> Any:
-    """The entries of a constant, those at the first 256 places of a long axis."""
-    sizes = [min(size, 256) if at else size for at, size in enumerate(node.shape)]
-    return np.broadcast_to(entries(node, [*np.indices(sizes)]), sizes)
+def all_entries(node: Node, most: int | None = None) -> Any:
+    """The entries of a constant.
+
+    Args:
+      node: the constant.
+      most: how many places of an axis at most, far and near; of the last axis all.
+    """
+    places = [np.arange(size) for size in node.shape]
+    if most is not None:
+        for axis, at in enumerate(places[:-1]):
+            spread = np.linspace(0, len(at) - 1, min(len(at), most))
+            places[axis] = spread.astype(int)
+    index = np.ix_(*places)
+    return np.broadcast_to(entries(node, [*index]), [len(at) for at in places])

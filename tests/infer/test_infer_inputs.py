@@ -108,6 +108,78 @@ def test_an_index_that_is_the_same_for_all_examples(batch):
     )
 
 
+@pytest.mark.parametrize("length", [400, 300])
+def test_positions_of_a_long_text_as_a_row(length):
+    """Both more positions than are looked at elsewhere, and a table that is longer."""
+
+    def function(_: nn.Module, tokens: Any) -> Any:
+        places = nn.Embed(400, 16, name="place")(jnp.arange(length)[None])
+        return nn.Embed(10, 16, name="token")(tokens) + places
+
+    _, added = infer_spec(Call(function), array(4, length, dtype=jnp.int32)).layers
+    some = spec.Residual([], [spec.Input((length,)), spec.Embed("place")])
+    assert added == (spec.Bias("place/embedding") if length == 400 else some)
+
+
+def test_constants_at_each_position_of_a_long_text():
+    """Their mean is over all positions."""
+    halves = np.where(np.arange(1000) < 500, 1.0, -1.0)[None, :, None]
+
+    def function(_: nn.Module, x: Any) -> Any:
+        return nn.Dense(8, name="d")(x) + jnp.asarray(halves * np.ones(8))
+
+    _, added = infer_spec(Call(function), array(4, 1000, 8)).layers
+    constants = [spec.Input((1000, 8), common=0.0), spec.Scale(1.0)]
+    assert added == spec.Residual([], constants)
+
+
+def _sines(at: Any) -> Any:
+    angles = at[:, None] / 100.0 ** (jnp.arange(8) / 8)
+    waves = jnp.zeros((8, 16)).at[:, 0::2].set(jnp.sin(angles))
+    return waves.at[:, 1::2].set(jnp.cos(angles))
+
+
+def _attends(mask: Any, x: Any) -> Any:
+    return nn.MultiHeadDotProductAttention(2, name="a")(x, x, mask=mask)
+
+
+def _looks_up(rows: Any, x: Any) -> Any:
+    return x + nn.Embed(8, 16, name="place")(rows)
+
+
+CONSTANTS = {
+    "sines": (_sines, lambda waves, x: x + waves),
+    "waves of sums": (
+        lambda at: jnp.sin(jnp.outer(jnp.cumsum(at), jnp.arange(16))),
+        lambda waves, x: x + waves,
+    ),
+    "quotients": (lambda at: at // 3, _looks_up),
+    "remainders": (lambda at: -at % 3, _looks_up),
+    "bits": (lambda at: at & 5, _looks_up),
+    "segments": (lambda at: at[:, None] // 4 == at // 4, _attends),
+    "every other": (lambda at: (at[:, None] - at) % 2 == 0, _attends),
+}
+
+
+@pytest.mark.parametrize("case", CONSTANTS)
+def test_a_constant_may_be_computed_in_the_model(case):
+    make, use = CONSTANTS[case]
+    before = np.asarray(make(jnp.arange(8)))
+
+    def inferred(constant: Any) -> spec.LayerChain:
+        def function(_: nn.Module, x: Any) -> Any:
+            return use(constant(), nn.Dense(16, name="d")(x))
+
+        return infer_spec(Call(function), array(4, 8, 16))
+
+    def there() -> Any:
+        return make(jnp.arange(8))
+
+    found: list[spec.LayerChain] = []
+    jax.eval_shape(lambda: found.append(inferred(there)))
+    assert inferred(there) == found[0] == inferred(lambda: before)
+
+
 def test_two_views_in_one_batch_are_refused():
     def function(_: nn.Module, a: Any, b: Any) -> Any:
         both = nn.Dense(8, name="d")(jnp.concatenate([a, b], 0))

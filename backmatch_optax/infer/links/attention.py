@@ -17,7 +17,7 @@ from backmatch_optax import spec as _spec
 from backmatch_optax.infer import graph, layout, pieces
 from backmatch_optax.infer.graph import Node
 from backmatch_optax.infer.links.elementwise import dropout
-from backmatch_optax.infer.links.learned import origin, whole_axes
+from backmatch_optax.infer.links.learned import origin, rows_of_table, whole_axes
 from backmatch_optax.infer.step import Heads, Step, Unknown, description, layer_path
 
 _HIDES = -50.0  # what is added to a logit of no weight, or less; 100 in Swin
@@ -320,16 +320,10 @@ def _bias(
             links.append(_spec.Transpose((1, 2, 0)))
         else:
             links.append(_spec.Reshape((*places, 1)))
-    elif term.op == "gather" and term.operands[0].op == "param":
-        table, indices = term.operands
-        rows = math.prod(indices.shape[:-1])
-        if (
-            len(table.shape) == 2
-            and table.shape[-1] == term.shape[-1]
-            and rows == math.prod(places)
-            and not indices.origins - {"array"}
-        ):
-            embed = _spec.Embed(layer_path(table, "embedding"))
+    elif term.op == "gather" and not term.operands[1].origins - {"array"}:
+        found = rows_of_table(term)
+        if found is not None and found[1].size == math.prod(places):
+            embed = _spec.Embed(layer_path(found[0], "embedding"))
             links = [_spec.Input(places), embed]
     if len(learned) > 1 or not links:
         raise Unknown(

@@ -113,12 +113,9 @@ def positions(node: Node) -> Step | None:
     if sliced:
         return Step(node, signal, [_spec.Bias(sliced, sliced=True)])
     try:
-        if source.op == "gather" and source.operands[0].op == "param":
-            table, indices = source.operands
-            rows = all_entries(indices)[..., 0]
-            whole = source.shape == (*rows.shape, *table.shape[1:])
-            if len(table.shape) != 2 or not whole:
-                return None
+        found = rows_of_table(source)
+        if found is not None:
+            table, rows = found
             if rows.ndim == len(node.shape) - 1:  # one row for each example as well
                 if (rows != rows[:1]).any():
                     return None
@@ -129,7 +126,7 @@ def positions(node: Node) -> Step | None:
             looked_up = [_spec.Input(rows.shape), embed]
             return Step(node, signal, [_spec.Residual([], looked_up)])
         if len(sizes) > 1 and not added.origins - {"array"} and node.op != "add_any":
-            values = all_entries(added)
+            values = all_entries(added, most=256)
             square = np.mean(values**2)
             means = values.mean(axis=tuple(range(values.ndim - 1)))
             share = min(float(f"{np.mean(means**2) / square:.2g}"), 0.99)
@@ -139,6 +136,19 @@ def positions(node: Node) -> Step | None:
     except (layout.Unmatched, ValueError):
         pass
     return None
+
+
+def rows_of_table(node: Node) -> tuple[Node, np.ndarray] | None:
+    """A table and which of its rows a node consists of, None for anything else.
+
+    Raises `layout.Unmatched` where the rows are no constants.
+    """
+    if node.op != "gather" or node.operands[0].op != "param":
+        return None
+    table, indices = node.operands
+    if len(table.shape) != 2 or node.shape != (*indices.shape[:-1], table.shape[1]):
+        return None
+    return table, all_entries(indices)[..., 0]
 
 
 def _first_rows(node: Node, added: Node) -> str:
