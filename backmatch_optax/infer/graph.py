@@ -158,6 +158,9 @@ def _read(
         elif op == "stack":
             inner = _as_concatenation(eqn)
             results = _read(inner, (), operands, scope, code, joined)
+        elif (phases := _phases(op, operands, eqn)) is not None:
+            inner, whole = phases
+            results = _read(inner, (), [whole], scope, code, joined)
         elif op in _ALIASES or _is_harmless(op, operands, eqn):
             results = operands[: len(eqn.outvars)]
         elif (part := _unstacked(op, operands, eqn.params)) is not None:
@@ -167,7 +170,7 @@ def _read(
                 _node(jaxpr, eqn, index, operands, within, line)
                 for index in range(len(eqn.outvars))
             ]
-        if op == "concatenate":
+        if op == "concatenate" and results[0].op == op:
             _shorten(results[0], joined)
         env.update(zip(eqn.outvars, results, strict=True))
     return list(map(look_up, jaxpr.outvars))
@@ -271,9 +274,52 @@ def _as_concatenation(eqn: Any) -> Any:
         expanded = [jax.lax.expand_dims(array, (axis,)) for array in arrays]
         return jax.lax.concatenate(expanded, axis)
 
-    avals = [variable.aval for variable in eqn.invars]
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-    jaxpr = jax.make_jaxpr(concatenated)(*shapes).jaxpr
+    return _traced(concatenated, [variable.aval for variable in eqn.invars], eqn)
+
+
+def _phases(op: str, operands: Sequence[Node], eqn: Any) -> tuple[Any, Node] | None:
+    """Every n-th entry beside the others, as a jaxpr of moves and what it moves.
+
+    So Swin merges patches: `concatenate([x[:, ::2], x[:, 1::2]], -1)` has the same
+    values as `x` reshaped, transposed and reshaped. None for anything else.
+    """
+    slices = [operand for operand in operands if operand.op == "slice"]
+    wholes = {part.operands[0] for part in slices}
+    strides = {part.options["strides"] for part in slices}
+    if op != "concatenate" or len(slices) < len(operands) or None in strides:
+        return None
+    if len(wholes) != 1 or len(strides) != 1:
+        return None
+    (whole,), (steps,), axis = wholes, strides, eqn.params["dimension"]
+    strided = [at for at, step in enumerate(steps) if step > 1]
+    pairs = [*zip(whole.shape, steps, strict=True)]
+    left = tuple(size // step for size, step in pairs)
+    even = not any(size % step for size, step in pairs)
+    if axis in strided or not even or {part.shape for part in slices} != {left}:
+        return None
+    starts = [part.options["start_indices"] for part in slices]
+    for order in itertools.permutations(strided):
+        every = [*np.ndindex(*(steps[at] for at in order))]
+        if [tuple(start[at] for at in order) for start in starts] == every:
+            break
+    else:
+        return None
+    split = [size for pair in zip(left, steps, strict=True) for size in pair]
+    # Of each axis what is left, and before the joined one the phases.
+    turned = [2 * at for at in range(len(left))]
+    turned[axis:axis] = [2 * at + 1 for at in order]
+    turned += [2 * at + 1 for at in range(len(left)) if at not in order]
+
+    def moved(x: jax.Array) -> jax.Array:
+        return x.reshape(split).transpose(turned).reshape(eqn.outvars[0].aval.shape)
+
+    return _traced(moved, [whole], eqn), whole
+
+
+def _traced(function: Any, arguments: Sequence[Any], eqn: Any) -> Any:
+    """The jaxpr of what does the same as an equation, in the same place of the code."""
+    shapes = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arguments]
+    jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
     eqns = [inner.replace(source_info=eqn.source_info) for inner in jaxpr.eqns]
     return jaxpr.replace(eqns=eqns)
 

@@ -1,5 +1,7 @@
 """Positions that are folded into the batch: windows, and attention along each axis."""
 
+import math
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,12 @@ def test_attention_along_each_axis(batch):
 
 
 class Windows(nn.Module):
-    """Attention within windows of two by two, moved by one and masked (Swin)."""
+    """Attention within windows of two by two, moved by one and masked (Swin).
+
+    Flax's own, or written out: then the logits are unfolded to meet the mask.
+    """
+
+    written_out: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -54,22 +61,34 @@ class Windows(nn.Module):
         y = y.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 4, 16)
         parts = np.ones((side // 2, side // 2, 4, 4), bool)
         parts[-1] &= np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
-        mask = np.tile(parts.reshape(-1, 1, 4, 4), (batch, 1, 1, 1))
-        y = nn.MultiHeadDotProductAttention(2, name="attention")(y, mask=mask)
+        parts = parts.reshape(-1, 1, 4, 4)
+        if self.written_out:
+            q, k, v = (nn.DenseGeneral((2, 8), name=name)(y) for name in "qkv")
+            logits = jnp.einsum("nqhd,nkhd->nhqk", q, k) / math.sqrt(8)
+            logits = logits.reshape(batch, -1, 2, 4, 4) + jnp.where(parts, 0.0, -100.0)
+            weights = nn.softmax(logits.reshape(-1, 2, 4, 4))
+            y = jnp.einsum("nhqk,nkhd->nqhd", weights, v)
+            y = nn.DenseGeneral(16, axis=(-2, -1), name="out")(y)
+        else:
+            mask = np.tile(parts, (batch, 1, 1, 1))
+            y = nn.MultiHeadDotProductAttention(2, name="attention")(y, mask=mask)
         y = y.reshape(batch, side // 2, side // 2, 2, 2, 16)
         y = y.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
         return nn.Dense(3, name="head")(x + jnp.roll(y, (1, 1), (1, 2)))
 
 
-def test_attention_within_windows():
-    chain = infer_spec(Windows(), array(2, 8, 8, 4))
+@pytest.mark.parametrize("written_out", [False, True])
+def test_attention_within_windows(written_out):
+    model = Windows(written_out)
+    chain = infer_spec(model, array(2, 8, 8, 4))
     residual = chain.layers[1]
     assert isinstance(residual, spec.Residual)
-    (attention,) = (x for x in residual.branch if isinstance(x, spec.Attention))
+    kind = spec.DotProductAttention if written_out else spec.Attention
+    (attention,) = (link for link in residual.branch if isinstance(link, kind))
     # Of a quarter of the windows half is masked.
     expected = 1 / np.mean([1 / 4, 1 / 4, 1 / 4, 1 / 2])
     assert attention.attended == pytest.approx(expected, rel=1e-3)
-    assert worst(ratios(Windows(), chain, array(2, 8, 8, 4))) < 2
+    assert worst(ratios(model, chain, array(2, 8, 8, 4))) < 2
 
 
 class Frames(nnx.Module):

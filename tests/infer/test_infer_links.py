@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
@@ -16,7 +17,7 @@ from zoo_linen import IMAGES, Call, array, infer
 
 from backmatch_optax import spec
 from backmatch_optax.activations import activation
-from backmatch_optax.infer import infer_spec
+from backmatch_optax.infer import graph, infer_spec
 from backmatch_optax.spec.elementwise import ACTIVATIONS
 
 RELU = spec.Activation("relu")
@@ -228,6 +229,35 @@ def test_transposed_convolutions(padding, strides, dilation):
 
 def zero_padded(x: jax.Array, size: int = 1) -> jax.Array:
     return jnp.pad(x, ((0, 0), (size, size), (size, size), (0, 0)))
+
+
+def merged_patches(x: jax.Array) -> jax.Array:
+    parts = [x[:, i::2, j::2] for j in range(2) for i in range(2)]
+    return jnp.concatenate(parts, -1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "moves"),
+    [
+        (lambda x: [x[:, i::2, j::2] for j in range(2) for i in range(2)], True),
+        (lambda x: [x[:, i::2, j::3] for i in range(2) for j in range(3)], True),
+        (lambda x: [x[:, :, i::3] for i in range(3)], True),
+        (lambda x: [x[:, i::2, i::2] for i in range(2)], False),
+        (lambda x: [x[:, 1::2], x[:, ::2]], False),
+        (lambda x: [x[:, ::2, 1:], x[:, 1::2, :-1]], False),
+    ],
+)
+def test_patches_beside_one_another_are_moves_of_the_whole(parts, moves):
+    """Where all of it is there, and in order."""
+    x = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+
+    def merged(x: Any) -> jax.Array:
+        return jnp.concatenate(parts(x), -1)
+
+    given = graph.leaf("input", "x", x.shape, x.dtype)
+    (output,) = graph.read(jax.make_jaxpr(merged)(x), [given])
+    assert ("concatenate" not in {node.op for node in graph.above(output)}) == moves
+    assert np.array_equal(graph.run([output], {given: x})[0], merged(x))
 
 
 def norm_of_sum(_: nn.Module, x: jax.Array) -> jax.Array:
@@ -717,6 +747,17 @@ CONSTRUCTS |= {
     "space to depth": (
         lambda _, x: nn.Conv(3, (3, 3), name="c")(nn.tanh(x).reshape((2, 8, 4, 12))),
         [spec.Activation("tanh"), spec.Reshape((8, 4, 12)), spec.Conv("c")],
+        IMAGES,
+    ),
+    "patches that are merged": (
+        lambda _, x: nn.Conv(3, (3, 3), name="c")(merged_patches(nn.tanh(x))),
+        [
+            spec.Activation("tanh"),
+            spec.Reshape((4, 2, 8, 6)),
+            spec.Transpose((0, 2, 1, 3)),
+            spec.Reshape((4, 4, 24)),
+            spec.Conv("c"),
+        ],
         IMAGES,
     ),
     "pixel shuffle": (

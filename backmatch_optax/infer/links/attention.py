@@ -80,7 +80,9 @@ def attention(node: Node) -> Step:
         raise Unknown(node, f"{scores.op} contracts several axes of queries and keys")
 
     def out(axis: int) -> layout.Axis:
-        return tuple((of_query[at], within, size) for at, within, size in axes[axis])
+        return layout.merged(
+            (of_query[at], within, size) for at, within, size in axes[axis]
+        )
 
     rank = len(node.operands[which].shape)
     rest = [a for a in range(rank) if a not in (*weighted[which], *along[which])]
