@@ -283,21 +283,20 @@ def _phases(op: str, operands: Sequence[Node], eqn: Any) -> tuple[Any, Node] | N
     So Swin merges patches: `concatenate([x[:, ::2], x[:, 1::2]], -1)` has the same
     values as `x` reshaped, transposed and reshaped. None for anything else.
     """
-    slices = [operand for operand in operands if operand.op == "slice"]
-    wholes = {part.operands[0] for part in slices}
-    strides = {part.options["strides"] for part in slices}
-    if op != "concatenate" or len(slices) < len(operands) or None in strides:
+    if op != "concatenate" or any(part.op != "slice" for part in operands):
         return None
-    if len(wholes) != 1 or len(strides) != 1:
+    wholes = {part.operands[0] for part in operands}
+    strides = {part.options["strides"] for part in operands}
+    if len(wholes) != 1 or len(strides) != 1 or None in strides:
         return None
     (whole,), (steps,), axis = wholes, strides, eqn.params["dimension"]
     strided = [at for at, step in enumerate(steps) if step > 1]
     pairs = [*zip(whole.shape, steps, strict=True)]
     left = tuple(size // step for size, step in pairs)
     even = not any(size % step for size, step in pairs)
-    if axis in strided or not even or {part.shape for part in slices} != {left}:
+    if axis in strided or not even or {part.shape for part in operands} != {left}:
         return None
-    starts = [part.options["start_indices"] for part in slices]
+    starts = [part.options["start_indices"] for part in operands]
     for order in itertools.permutations(strided):
         every = [*np.ndindex(*(steps[at] for at in order))]
         if [tuple(start[at] for at in order) for start in starts] == every:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from backmatch_optax.infer.graph import Node, run
+from backmatch_optax.infer.graph import Node, above, run
 from backmatch_optax.infer.layout import (
     MOVES,
     Axis,
@@ -243,7 +243,8 @@ def entries(
       known here; of one that is not, all.
 
     Raises:
-      Unmatched: where it depends on something else.
+      Unmatched: where it depends on something else, or is another in each layer of a
+        scan.
     """
     options, operands = node.options, node.operands
     if node in known:
@@ -309,7 +310,8 @@ def entries(
             values = np.where(inside, entries(part, taken, known), values)
             first += part.shape[axis]
         return values
-    if node.origins <= {"array"}:
+    leaves = (found for found in above(node) if found.eqn is None)
+    if node.origins <= {"array"} and all(leaf.array is not None for leaf in leaves):
         with jax.ensure_compile_time_eval():  # whatever is being traced around it
             node.array = np.asarray(run([node], {})[0])
         return node.array[tuple(index)]

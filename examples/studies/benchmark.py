@@ -165,17 +165,22 @@ def _kernels(hlo: str) -> int:
     return sum(not re.fullmatch(_NO_KERNEL, operation) for operation in operations)
 
 
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Whose turn it is: each once in a round, and nobody is always first."""
+    for turn in tqdm(range(rounds), leave=False):
+        for place in range(len(names)):
+            yield names[(turn + place) % len(names)]
+
+
 def in_turn(
     calls: Mapping[str, Callable[[], Any]], rounds: int
 ) -> dict[str, np.ndarray]:
-    """Milliseconds of each call, one after another; nobody is always first."""
-    names, elapsed = list(calls), {name: [] for name in calls}
-    for turn in tqdm(range(rounds + 3), leave=False):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            elapsed[name].append(1e3 * (time.perf_counter() - start))
+    """Milliseconds of each call, one after another."""
+    elapsed = {name: [] for name in calls}
+    for name in turns([*calls], rounds + 3):
+        start = time.perf_counter()
+        jax.block_until_ready(calls[name]())
+        elapsed[name].append(1e3 * (time.perf_counter() - start))
     # The first rounds warm up.
     return {name: np.array(values[3:]) for name, values in elapsed.items()}
 
@@ -340,11 +345,9 @@ def made_in_turn(
     """
     programs, seconds = {}, {method: [] for method in methods}
     make("sgd")  # what only the first one does
-    for turn in tqdm(range(compiles), leave=False):
-        for place in range(len(methods)):
-            method = methods[(turn + place) % len(methods)]
-            made = programs[method] = make(method)
-            seconds[method].append((made.trace_seconds, made.compile_seconds))
+    for method in turns(methods, compiles):
+        made = programs[method] = make(method)
+        seconds[method].append((made.trace_seconds, made.compile_seconds))
     sgd = np.sum(seconds["sgd"], axis=1)
     for method, taken in seconds.items():
         trace, compiled = np.median(taken, axis=0)

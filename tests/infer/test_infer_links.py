@@ -231,15 +231,14 @@ def zero_padded(x: jax.Array, size: int = 1) -> jax.Array:
     return jnp.pad(x, ((0, 0), (size, size), (size, size), (0, 0)))
 
 
-def merged_patches(x: jax.Array) -> jax.Array:
-    parts = [x[:, i::2, j::2] for j in range(2) for i in range(2)]
-    return jnp.concatenate(parts, -1)
+def patches(x: jax.Array) -> list[jax.Array]:
+    return [x[:, i::2, j::2] for j in range(2) for i in range(2)]
 
 
 @pytest.mark.parametrize(
     ("parts", "moves"),
     [
-        (lambda x: [x[:, i::2, j::2] for j in range(2) for i in range(2)], True),
+        (patches, True),
         (lambda x: [x[:, i::2, j::3] for i in range(2) for j in range(3)], True),
         (lambda x: [x[:, :, i::3] for i in range(3)], True),
         (lambda x: [x[:, i::2, i::2] for i in range(2)], False),
@@ -750,7 +749,9 @@ CONSTRUCTS |= {
         IMAGES,
     ),
     "patches that are merged": (
-        lambda _, x: nn.Conv(3, (3, 3), name="c")(merged_patches(nn.tanh(x))),
+        lambda _, x: nn.Conv(3, (3, 3), name="c")(
+            jnp.concatenate(patches(nn.tanh(x)), -1)
+        ),
         [
             spec.Activation("tanh"),
             spec.Reshape((4, 2, 8, 6)),

@@ -264,3 +264,23 @@ def test_a_scan_that_puts_out_every_layer_is_refused():
 
     with pytest.raises(ValueError, match=r"scan is a loop \(recurrence\)"):
         bmo.infer_spec(All(), X)
+
+
+def test_a_mask_of_each_layer_that_is_computed_there_is_refused():
+    """Constants of one layer have no value that holds for all."""
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, each: jax.Array) -> tuple[jax.Array, None]:
+            mask = jnp.cumsum(each, 0) > 0
+            return nn.MultiHeadDotProductAttention(2, name="a")(x, mask=mask), None
+
+    class All(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            each = jnp.arange(LAYERS * 8 * 8).reshape(LAYERS, 8, 8)
+            layers: Any = nn.scan(Masked, in_axes=0, length=LAYERS, **STACKED)
+            return layers(name="layers")(x, each)[0]
+
+    with pytest.raises(ValueError, match="logits of attention meet an array"):
+        bmo.infer_spec(All(), jax.ShapeDtypeStruct((2, 8, FEATURES), jnp.float32))

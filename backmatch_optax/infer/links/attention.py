@@ -322,11 +322,9 @@ def _bias(
             links.append(_spec.Transpose((1, 2, 0)))
         else:
             links.append(_spec.Reshape((*places, 1)))
-    elif term.op == "gather" and not term.operands[1].origins - {"array"}:
-        found = rows_of_table(term)
-        if found is not None and found[1].size == math.prod(places):
-            embed = _spec.Embed(layer_path(found[0], "embedding"))
-            links = [_spec.Input(places), embed]
+    elif (found := rows_of_table(term)) and found[1].size == math.prod(places):
+        embed = _spec.Embed(layer_path(found[0], "embedding"))
+        links = [_spec.Input(places), embed]
     if len(learned) > 1 or not links:
         raise Unknown(
             node,

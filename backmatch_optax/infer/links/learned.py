@@ -139,16 +139,16 @@ def positions(node: Node) -> Step | None:
 
 
 def rows_of_table(node: Node) -> tuple[Node, np.ndarray] | None:
-    """A table and which of its rows a node consists of, None for anything else.
-
-    Raises `layout.Unmatched` where the rows are no constants.
-    """
+    """A table and which of its rows a node consists of, None for anything else."""
     if node.op != "gather" or node.operands[0].op != "param":
         return None
     table, indices = node.operands
     if len(table.shape) != 2 or node.shape != (*indices.shape[:-1], table.shape[1]):
         return None
-    return table, all_entries(indices)[..., 0]
+    try:
+        return table, all_entries(indices)[..., 0]
+    except layout.Unmatched:  # which rows depends on something
+        return None
 
 
 def _first_rows(node: Node, added: Node) -> str:
